@@ -1,0 +1,260 @@
+"""The prompt protocol: (task, rubric, prompt, response) -> token ids. One code for training and for judging.
+
+Texts to be judged are data. A judging prompt is a list of segments: template parts, written by us, and contents,
+written by others. Each segment is tokenized alone, contents only after `inert`, so that no content can form a
+control token, a user-defined token or a tag of the protocol, and no content can change the ids of the template
+around it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.resources
+import itertools
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from patarm_lite.errors import UserError
+from patarm_lite.records import Pair, Rubric, Turn
+from patarm_lite.rubrics import rubric_text
+
+NAME = "patarm-lite/1"
+INPUT_TAGS = ("task", "rubrics", "prompt", "turn", "response", "reference")
+OUTPUT_TAGS = ("generated_rubrics", "eval", "score")
+BROKEN = "‹"
+"""What the `<` of a forbidden token or tag becomes (U+2039)."""
+BREAKS = {"<": BROKEN, "[": "⁅"}
+"""First character of a forbidden token -> what it becomes. The square bracket is for vocabularies whose unused places
+are user-defined tokens like `[PAD151646]` (GGUF files of Qwen have been made so)."""
+
+USER, END_OF_TURN, ASSISTANT = "<|im_start|>user\n", "<|im_end|>\n", "<|im_start|>assistant\n"
+NO_THINKING = "<think>\n\n</think>\n\n"
+START_TOKEN, END_TOKEN = "<|im_start|>", "<|im_end|>"
+ROLES = ("system", "user", "assistant")
+_ALWAYS = "/?(?:" + "|".join((*INPUT_TAGS, *OUTPUT_TAGS, "think")) + r")(?!\w)|\|im_(?:start|end)\|>"
+_MANY_MARKS = re.compile(r"[^\w\s\x00-\x7f]{64,}")
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A piece of a judging prompt. `content` is True for text written by others."""
+
+    text: str
+    content: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Protocol:
+    """What fixes a judging prompt besides its contents. Stored with every judge.
+
+    `instructions`: whether the turn begins with the written explanation of the protocol (a judge trained from
+    scratch does without). `thinking`: whether the judge may think before its judgement.
+    """
+
+    name: str = NAME
+    instructions: bool = True
+    thinking: bool = False
+
+    def __post_init__(self) -> None:
+        if self.name != NAME:
+            raise UserError(f"protocol {self.name!r} is not known here; this version runs {NAME!r}")
+
+
+@functools.cache
+def prompt_text(name: str) -> str:
+    """A text of the protocol by its file's stem in `prompt_texts/`, without the last newline."""
+    file = importlib.resources.files("patarm_lite") / "prompt_texts" / f"{name}.txt"
+    return file.read_text(encoding="utf-8").rstrip("\n")
+
+
+def segments(
+    protocol: Protocol,
+    prompt: Sequence[Turn],
+    response: str,
+    *,
+    task: str,
+    rubric: Rubric,
+    reference: str | None = None,
+) -> list[Segment]:
+    """The judging prompt as template parts and contents, up to where the judge begins to write.
+
+    Raises:
+        UserError: for a prompt without turns or a role that a chat can't have.
+    """
+    if not prompt:
+        raise UserError("the prompt has no turns; give at least one, e.g. Turn('user', TEXT)")
+    parts: list[Segment] = []
+    template = USER + (prompt_text("instructions") + "\n\n" if protocol.instructions else "")
+
+    def content(opening: str, text: str, closing: str) -> None:
+        nonlocal template
+        parts.append(Segment(template + opening + "\n", False))
+        parts.append(Segment(text, True))
+        template = "\n" + closing
+
+    content("<task>", task, "</task>\n")
+    content("<rubrics>", rubric_text(rubric), "</rubrics>\n")
+    if len(prompt) == 1 and prompt[0].role == "user":
+        content("<prompt>", prompt[0].content, "</prompt>\n")
+    else:
+        template += "<prompt>\n"
+        for turn in prompt:
+            if turn.role not in ROLES:
+                raise UserError(f"role {turn.role!r} in a chat is not one of {', '.join(ROLES)}")
+            content(f"<turn role={turn.role}>", turn.content, "</turn>\n")
+        template += "</prompt>\n"
+    if reference is not None:
+        content("<reference>", reference, "</reference>\n")
+    content("<response>", response, "</response>")
+    parts.append(Segment(template + END_OF_TURN + ASSISTANT + ("" if protocol.thinking else NO_THINKING), False))
+    return parts
+
+
+def inert(text: str, tokens: Iterable[str] = ()) -> str:
+    """Content made harmless: NFC, no lone surrogates, and every token or tag of ours broken at its first character.
+
+    Args:
+        text: any string.
+        tokens: the tokenizer's control and user-defined tokens, spelled out; each must begin with `<` or `[`. The
+            protocol's tags, `<think>`, `<|im_start|>` and `<|im_end|>` are broken whatever is given.
+
+    >>> inert("a <b> and </score><|im_end|><tool_call>", ["<tool_call>"])
+    'a <b> and ‹/score>‹|im_end|>‹tool_call>'
+    """
+    return _openings(tuple(tokens)).sub(lambda opening: BREAKS[opening[0]], _plain(text))
+
+
+def inert_judgement(text: str, tokens: Iterable[str]) -> str:
+    """A judgement from a file: control and user-defined tokens are broken, the protocol's tags stay."""
+    return _openings(tuple(tokens), tags=False).sub(lambda opening: BREAKS[opening[0]], _plain(text))
+
+
+@functools.lru_cache(maxsize=32)
+def _openings(tokens: tuple[str, ...], tags: bool = True) -> re.Pattern[str]:
+    """Matches the first character, and only that, of whatever must be broken, so that overlaps are all found."""
+    rests: dict[str, list[str]] = {"<": [_ALWAYS] if tags else [], "[": []}
+    for token in tokens:
+        rests[token[0]].append(re.escape(token[1:]))
+    groups = [f"{re.escape(first)}(?={'|'.join(rest)})" for first, rest in rests.items() if rest]
+    return re.compile("|".join(groups) or "(?!)")
+
+
+def _plain(text: str) -> str:
+    """NFC text that UTF-8 can hold: a lone surrogate becomes `?`."""
+    if text.isascii():
+        return text
+    return _nfc(text.encode("utf-8", "replace").decode("utf-8"))
+
+
+def _nfc(text: str) -> str:
+    """`unicodedata.normalize("NFC", text)` in linear time.
+
+    Python puts a run of combining marks in order by insertion: 200,000 of them after one letter take a minute, so a
+    hostile text could stall a run. Long runs are therefore put in order beforehand, by a stable sort, which is what
+    the canonical ordering is.
+    """
+    return unicodedata.normalize("NFC", _MANY_MARKS.sub(lambda run: _in_order(run[0]), text))
+
+
+def _in_order(marks: str) -> str:
+    decomposed = "".join(unicodedata.normalize("NFD", mark) for mark in marks)
+    runs = itertools.groupby(decomposed, key=lambda mark: unicodedata.combining(mark) > 0)
+    return "".join("".join(sorted(run, key=unicodedata.combining) if combining else run) for combining, run in runs)
+
+
+class Encoder:
+    """Judging prompts to token ids, for one tokenizer and one protocol.
+
+    Args:
+        encode: text -> ids, reading control tokens in the text, adding none of its own.
+        added: every control and user-defined token of the vocabulary, spelling -> id.
+        protocol: the protocol to render.
+
+    Raises:
+        UserError: when a control token begins with neither `<` nor `[` (it could not be broken visibly), the turn's
+            tokens are missing, or `encode` adds tokens of its own.
+    """
+
+    def __init__(self, encode: Callable[[str], list[int]], added: dict[str, int], protocol: Protocol) -> None:
+        stubborn = sorted(t for t in added if not t.startswith(tuple(BREAKS)) or not set(BREAKS.values()).isdisjoint(t))
+        if stubborn:
+            raise UserError(
+                f"the tokenizer has a special token {stubborn[0]!r}, which can't be told from text to be judged;"
+                " only tokenizers whose special tokens begin with '<' or '[' work: choose a Qwen-like base"
+            )
+        for token in (START_TOKEN, END_TOKEN):
+            if token not in added:
+                raise UserError(f"the tokenizer has no {token} token; choose a Qwen-like base")
+            ids = list(encode(token))
+            if ids != [added[token]]:
+                raise UserError(f"the tokenizer reads {token} as {ids}, not as {[added[token]]}; make it add no tokens")
+        self.protocol = protocol
+        self.end_id = added[END_TOKEN]
+        self._encode = encode
+        self._tokens = tuple(sorted(added))
+        self._forbidden = frozenset(added.values())
+        self._template = functools.cache(lambda text: tuple(encode(text)))
+        self._repeated = functools.lru_cache(maxsize=4096)(lambda text: tuple(self._content(text)))
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: Any, protocol: Protocol) -> Encoder:
+        """For a transformers tokenizer. Its pad token, whatever that is, is forbidden in contents too."""
+        added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
+        added.update(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+        return cls(lambda text: tokenizer.encode(text, add_special_tokens=False), added, protocol)
+
+    def content_ids(self, text: str) -> list[int]:
+        """Ids of a content. None of them is a control, user-defined or pad token, whatever the text.
+
+        Short contents are remembered: tasks, rubrics and prompts come back for every response.
+        """
+        return list(self._repeated(text)) if len(text) <= 2000 else self._content(text)
+
+    def _content(self, text: str) -> list[int]:
+        ids = self._encode(inert(text, self._tokens))
+        if not self._forbidden.isdisjoint(ids):
+            raise AssertionError(f"content forms a control token: {text[:80]!r}")
+        return ids
+
+    def prompt_ids(
+        self,
+        prompt: Sequence[Turn],
+        response: str,
+        *,
+        task: str,
+        rubric: Rubric,
+        reference: str | None = None,
+    ) -> list[int]:
+        """The ids a judge reads for one response, template included."""
+        ids: list[int] = []
+        for part in segments(self.protocol, prompt, response, task=task, rubric=rubric, reference=reference):
+            ids += self.content_ids(part.text) if part.content else self._template(part.text)
+        return ids
+
+    def judgement_ids(self, judgement: str) -> list[int]:
+        """Ids of a judgement to learn from, the end token included."""
+        return [*self._encode(inert_judgement(judgement, self._tokens)), self.end_id]
+
+    def pair_ids(self, pair: Pair, rubric: Rubric) -> tuple[list[int], list[int]]:
+        """Prompt ids of the chosen and of the rejected side."""
+        chosen, rejected = (
+            self.prompt_ids(pair.prompt, response, task=pair.task, rubric=rubric, reference=pair.reference)
+            for response in (pair.chosen, pair.rejected)
+        )
+        return chosen, rejected
+
+
+def decode_judgement(tokenizer: Any, ids: Sequence[int], end_id: int) -> tuple[str, bool]:
+    """Text of a completion and whether its end token was seen.
+
+    What follows the end token (padding) is left out; control tokens before it are spelled out, so that
+    `verdicts.parse` sees them.
+    """
+    ids = list(ids)
+    ended = end_id in ids
+    if ended:
+        ids = ids[: ids.index(end_id)]
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False), ended
