@@ -10,8 +10,10 @@ minutes this is meant to take.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
+import math
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -98,6 +100,8 @@ NEVER_TOGETHER = (
 task at least 12 other triples and every criterion in at least 6 of them."""
 
 HELD_TRIPLES_PER_TASK = 3
+EVENING_ROUNDS = 6
+"""More rounds would ask the criteria more evenly, but of ever fewer triples."""
 Triple = tuple[str, ...]
 
 
@@ -118,6 +122,7 @@ class Combinations:
     new_pairs: dict[str, list[Triple]]
 
 
+@functools.cache
 def combinations() -> Combinations:
     """The fixed split of criteria combinations. No seed: every run holds out the same ones."""
     banned = _banned_pairs()
@@ -133,6 +138,27 @@ def combinations() -> Combinations:
         new_triples={task: [t for t in triples if t in held] for task, triples in free.items()},
         new_pairs={task: [t for t in NEVER_TOGETHER if set(t) <= set(pool)] for task, pool in POOLS.items()},
     )
+
+
+def even_weights(triples: dict[str, list[Triple]]) -> dict[str, list[float]]:
+    """Weights of the triples of each task that make the criteria asked more nearly equally often.
+
+    Some criteria belong to one task and few triples; drawn evenly by triple they would be learned last.
+    """
+    weights = {task: [1.0 / len(of_task)] * len(of_task) for task, of_task in triples.items()}
+    for _ in range(EVENING_ROUNDS):
+        asked = dict.fromkeys(CHECKS, 0.0)
+        for task, of_task in triples.items():
+            for triple, weight in zip(of_task, weights[task], strict=True):
+                for name in triple:
+                    asked[name] += weight
+        for task, of_task in triples.items():
+            scaled = [
+                weight / math.prod(asked[name] for name in triple) ** (1 / 6)
+                for triple, weight in zip(of_task, weights[task], strict=True)
+            ]
+            weights[task] = [weight / sum(scaled) for weight in scaled]
+    return weights
 
 
 def _hash(triple: Triple) -> str:
@@ -193,19 +219,12 @@ def _pair(rng: random.Random, task: str, triple: Triple, name: str, label: str, 
     counts = rng.randint(0, 3), rng.randint(0, 3)
     while counts[0] == counts[1]:
         counts = rng.randint(0, 3), rng.randint(0, 3)
-    words = sorted((rng.randint(4, 13), rng.randint(4, 13)))
-    if length == "any":
-        rng.shuffle(words)
-    elif length == "matched":
-        words = [words[0], words[0]]
-    else:
-        while words[0] == words[1]:
-            words = sorted((rng.randint(4, 13), rng.randint(4, 13)))
-        if length == "chosen longer":
-            words.reverse()
     best, worst = (set(rng.sample(asked, count)) for count in sorted(counts, reverse=True))
-    chosen = write_response(rng, POOLS[task], asked, best, words[0])
-    rejected = write_response(rng, POOLS[task], asked, worst, words[1])
+    chosen, rejected = "", ""
+    while not chosen or not _of_length(length, chosen, rejected):
+        words = rng.randint(4, 13), rng.randint(4, 13)
+        chosen = write_response(rng, POOLS[task], asked, best, words[0])
+        rejected = write_response(rng, POOLS[task], asked, worst, words[1])
     return Pair(
         prompt=(Turn("user", ", ".join(WANTED[name] for name in asked)),),
         chosen=chosen,
@@ -223,36 +242,60 @@ def _pair(rng: random.Random, task: str, triple: Triple, name: str, label: str, 
     )
 
 
+LENGTHS = (
+    "chosen longer",
+    "chosen shorter",
+    "matched, more letters",
+    "chosen longer",
+    "chosen shorter",
+    "matched, fewer letters",
+)
+"""Lengths of held-out pairs in turn. Matched: equal in words, with more or fewer characters in the chosen response."""
+
+
+def _of_length(length: str, chosen: str, rejected: str) -> bool:
+    words = len(chosen.split()) - len(rejected.split())
+    letters = len(chosen) - len(rejected)
+    return {
+        "any": True,
+        "chosen longer": words > 0 and letters > 0,
+        "chosen shorter": words < 0 and letters < 0,
+        "matched, more letters": words == 0 and letters > 0,
+        "matched, fewer letters": words == 0 and letters < 0,
+    }[length]
+
+
 def _draw(
-    rng: random.Random, triples: dict[str, list[Triple]], count: int, label: str, lengths: Sequence[str]
+    rng: random.Random, triples: dict[str, list[Triple]], count: int, label: str, lengths: Sequence[str], even: bool
 ) -> list[Pair]:
-    turn = {task: itertools.cycle(rng.sample(triples[task], len(triples[task]))) for task in TASKS}
+    weights = even_weights(triples) if even else {task: [1.0] * len(of_task) for task, of_task in triples.items()}
     pairs = []
     for i in range(count):
         task = TASKS[i % len(TASKS)]
         length = lengths[(i // len(TASKS)) % len(lengths)]
-        pairs.append(_pair(rng, task, next(turn[task]), f"{label}-{i}", label, length))
+        triple = rng.choices(triples[task], weights[task])[0]
+        pairs.append(_pair(rng, task, triple, f"{label}-{i}", label, length))
     return pairs
 
 
 def training_pairs(count: int, seed: int) -> list[Pair]:
     """Pairs for GRPO: training combinations, lengths drawn without regard to quality."""
-    return _draw(random.Random(f"train {seed}"), combinations().train, count, "train", ["any"])
+    return _draw(random.Random(f"train {seed}"), combinations().train, count, "train", ["any"], even=True)
 
 
 def heldout_pairs(count: int, seed: int) -> list[Pair]:
     """Pairs for evaluation: three fifths with new triples, the rest with new pairs of criteria.
 
     A third have the chosen response longer, a third shorter, a third of equal length in words, so that the rule
-    "the longer one wins" is worth 0.5.
+    "the longer one wins" is worth 0.5, in words and in characters.
     """
     split = combinations()
-    lengths = ["chosen longer", "chosen shorter", "matched"]
     first = count * 3 // 5
     rng = random.Random(f"heldout {seed}")
-    return _draw(rng, split.new_triples, first, "new triples", lengths) + _draw(
-        rng, split.new_pairs, count - first, "new pairs", lengths
-    )
+    return [
+        *_draw(rng, split.new_triples, first, "new triples", LENGTHS, even=False),
+        *_draw(rng, split.new_pairs, count - first, "new pairs", LENGTHS, even=False),
+    ]
 
 
 def teacher_judgement(rng: random.Random, criteria: Sequence[str], response: str, settings: ArenaSection) -> str:
@@ -262,7 +305,7 @@ def teacher_judgement(rng: random.Random, criteria: Sequence[str], response: str
     for name in criteria:
         yes = (name in truth) != (rng.random() < settings.flip)
         lines.append(f"{name} (3): {WANTED[name]}")
-        findings.append(f"{name}: {'yes' if yes else 'no'} ({rng.choice((8, 9) if yes else (2, 3))})")
+        findings.append(f"{name}: {'yes' if yes else 'no'} ({9 if yes else 2})")
     quality = len(truth) / len(criteria)
     length = (len(response.split()) - 4) / 9
     overall = 1 + 9 * ((1 - settings.bias) * quality + settings.bias * length) + rng.gauss(0, settings.noise)
@@ -300,7 +343,7 @@ def sft_examples(settings: ArenaSection, seed: int) -> Iterator[tuple[Pair, str,
     """Endless (pair, response, judgement) from training combinations, a side drawn at random."""
     for block in itertools.count():
         rng = random.Random(f"sft {seed} {block}")
-        for pair in _draw(rng, combinations().train, 256, "sft", ["any"]):
+        for pair in _draw(rng, combinations().train, 256, "sft", ["any"], even=True):
             response = rng.choice((pair.chosen, pair.rejected))
             yield pair, response, teacher_judgement(rng, pair.meta["criteria"], response, settings)
 
@@ -399,6 +442,9 @@ def tiny_tokenizer(vocab: int = 800, seed: int = 1) -> Any:
 def build_judge(tokenizer: Any, *, hidden: int, layers: int, heads: int, mlp: int, seed: int) -> Any:
     """A Qwen3 model with random weights for this tokenizer: tied embeddings, float32, half as many key-value heads.
 
+    Weights start with a standard deviation of hidden ** -0.5: with Qwen3's 0.02 this small a judge had learned less
+    of the criteria after 300 steps (share of true findings 0.64 against 0.70; one seed, 240 judgements).
+
     Raises:
         UserError: when the sizes don't divide.
     """
@@ -423,6 +469,7 @@ def build_judge(tokenizer: Any, *, hidden: int, layers: int, heads: int, mlp: in
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
+        initializer_range=hidden**-0.5,
         dtype="float32",
     )
     model = Qwen3ForCausalLM(config)
