@@ -1,0 +1,161 @@
+"""The pairs of a run: the arena's or the user's, split, shuffled and counted; and judgements for the cold start."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from patarm_lite import arena
+from patarm_lite.errors import UserError
+from patarm_lite.metrics import longer_wins, pair_to_row
+from patarm_lite.pairs import balance, drop_long, load_pairs, shuffle_labels, split_by_prompt
+from patarm_lite.prompts import Encoder
+from patarm_lite.recipe import Recipe
+from patarm_lite.records import TASKS, Pair, Rubric, Turn
+from patarm_lite.training.run_folder import hash_rows
+from patarm_lite.training.sft import Example
+from patarm_lite.verdicts import parse
+
+
+@dataclass(frozen=True)
+class RunPairs:
+    """Pairs of a run before the token limit, and what was left out so far (reason -> rows)."""
+
+    train: list[Pair]
+    heldout: list[Pair]
+    dropped: dict[str, int]
+
+
+def load_run_pairs(recipe: Recipe, offline: bool) -> RunPairs:
+    """Training and held-out pairs, split by prompt.
+
+    Raises:
+        UserError: see `pairs.load_pairs` and `pairs.split_by_prompt`.
+    """
+    if not recipe.data.pairs:
+        if recipe.model.base != "arena":
+            raise UserError("a recipe without pairs trains on the arena alone; give pair files with --pairs FILE")
+        return RunPairs(
+            arena.training_pairs(recipe.arena.train_pairs, recipe.seed),
+            arena.heldout_pairs(recipe.data.heldout, recipe.seed),
+            {},
+        )
+    loaded = load_pairs(
+        recipe.data.pairs,
+        mapping=recipe.data.map,
+        task=recipe.data.task,
+        revision=recipe.data.revision,
+        offline=offline,
+    )
+    train, heldout = split_by_prompt(loaded.pairs, recipe.data.heldout, recipe.seed)
+    return RunPairs(train, heldout, _count(row.reason for row in loaded.dropped))
+
+
+def _count(reasons: Iterator[str] | Sequence[str]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for reason in reasons:
+        counts[reason] = counts.get(reason, 0) + 1
+    return counts
+
+
+def fit_pairs(
+    recipe: Recipe, pairs: RunPairs, encoder: Encoder, rubric: Callable[[str], Rubric]
+) -> tuple[list[Pair], list[Pair], dict[str, Any]]:
+    """(training pairs, held-out pairs, counts): the token limit, balancing and label shuffling applied.
+
+    Both sides of a pair must fit `data.max_prompt_tokens`; what doesn't is dropped and counted, never cut.
+    """
+    limit = recipe.data.max_prompt_tokens
+
+    def length(pair: Pair) -> int:
+        return max(map(len, encoder.pair_ids(pair, rubric(pair.task))))
+
+    train, long_train = drop_long(pairs.train, length, limit)
+    heldout, long_heldout = drop_long(pairs.heldout, length, limit)
+    if not train or not heldout:
+        raise UserError(
+            f"after the limit of data.max_prompt_tokens={limit} tokens {len(train)} training and {len(heldout)} held-out "
+            f"pairs are left ({len(long_train) + len(long_heldout)} were longer); raise the limit"
+        )
+    if recipe.data.balance:
+        train = balance(train, recipe.data.balance, recipe.seed)
+    if recipe.data.shuffle_labels:
+        train = shuffle_labels(train, recipe.data.shuffle_labels, recipe.seed)
+    counts = {
+        "train": len(train),
+        "heldout": len(heldout),
+        "train_by_task": {task: sum(pair.task == task for pair in train) for task in TASKS},
+        "dropped": {**pairs.dropped, **_count([row.reason for row in (*long_train, *long_heldout)])},
+        "labels_flipped": round(recipe.data.shuffle_labels * len(train)),
+        "longer_wins_train": longer_wins(train),
+        "longer_wins_heldout": longer_wins(heldout),
+        "sha256_train": hash_rows([pair_to_row(pair) for pair in train]),
+        "sha256_heldout": hash_rows([pair_to_row(pair) for pair in heldout]),
+    }
+    return train, heldout, counts
+
+
+def arena_examples(recipe: Recipe, encoder: Encoder) -> list[Example]:
+    """Judgements of the arena's biased teacher, each seen once."""
+    count = recipe.sft.steps * recipe.sft.batch_size
+    drawn = itertools.islice(arena.sft_examples(recipe.arena, recipe.seed), count)
+    return [
+        Example.of(
+            encoder.prompt_ids(pair.prompt, response, task=pair.task, rubric=arena.RUBRICS[pair.task]),
+            encoder.judgement_ids(judgement),
+        )
+        for pair, response, judgement in drawn
+    ]
+
+
+def file_examples(
+    path: Path, encoder: Encoder, rubric: Callable[[str], Rubric], limit: int
+) -> tuple[list[Example], int]:
+    """Judgements from a JSONL file with `prompt` (text or messages), `response`, `task` and `judgement`.
+
+    Returns the examples and how many lines were left out because their judgement can't be read or is over the limit.
+
+    Raises:
+        UserError: no such file, a line that is not such an object (its number), nothing readable in it.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"sft.file {path} can't be read: {error}") from None
+    examples, dropped = [], 0
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        prompt, response, task, judgement = _sft_row(line, f"sft.file {path} line {number}")
+        ids = encoder.prompt_ids(prompt, response, task=task, rubric=rubric(task))
+        if parse(judgement).score is None or len(ids) > limit:
+            dropped += 1
+        else:
+            examples.append(Example.of(ids, encoder.judgement_ids(judgement)))
+    if not examples:
+        raise UserError(f"sft.file {path} holds no judgement that can be read ({dropped} lines left out)")
+    return examples, dropped
+
+
+def _sft_row(line: str, where: str) -> tuple[tuple[Turn, ...], str, str, str]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where} is not JSON: {error}") from None
+    if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("response", "task", "judgement")):
+        raise UserError(f"{where} needs the text fields response, task and judgement beside prompt")
+    prompt = row.get("prompt")
+    if isinstance(prompt, str):
+        return (Turn("user", prompt),), row["response"], row["task"], row["judgement"]
+    if (
+        isinstance(prompt, list)
+        and prompt
+        and all(isinstance(t, dict) and {"role", "content"} <= t.keys() for t in prompt)
+    ):
+        turns = tuple(Turn(str(t["role"]), str(t["content"])) for t in prompt)
+        return turns, row["response"], row["task"], row["judgement"]
+    raise UserError(f"{where}: prompt must be a text or a list of messages with role and content")

@@ -1,0 +1,172 @@
+"""Engines: what runs the judge in training. `transformers` works everywhere; torch is imported inside functions.
+
+An engine loads a judge, puts an adapter on it, names the trainer classes to build on, and saves. Nothing else in
+`training` knows which library is behind it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+from patarm_lite.errors import UserError, missing_extra
+from patarm_lite.prompts import Protocol as PromptProtocol
+from patarm_lite.recipe import ModelSection, Recipe
+
+PROTOCOL_FILE = "protocol.json"
+
+
+class Engine(Protocol):
+    """What a training engine must be able to do."""
+
+    name: str
+
+    def load(self, folder: str, model: ModelSection) -> tuple[Any, Any]:
+        """(model, tokenizer) from a local folder or a hub id, weights in the recipe's dtype or in 4 bits."""
+
+    def adapt(self, model: Any, section: ModelSection, seed: int) -> Any:
+        """The model with what is to be trained made trainable: all of it, or a new LoRA adapter."""
+
+    def trainers(self) -> tuple[type, type]:
+        """(GRPOTrainer, SFTTrainer) classes to subclass."""
+
+
+class TransformersEngine:
+    """transformers + peft + bitsandbytes: CPU and any accelerator torch knows."""
+
+    name = "transformers"
+
+    def load(self, folder: str, model: ModelSection) -> tuple[Any, Any]:
+        from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+        adapter = Path(folder) / "adapter_config.json"
+        if adapter.is_file():
+            return self._load_adapter(Path(folder), model)
+        options: dict[str, Any] = {"revision": model.revision} if not Path(folder).exists() else {}
+        dtype = _dtype(model.dtype)
+        if model.tuning == "qlora":
+            options["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=dtype,
+            )
+            options["device_map"] = {"": _device()}
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, **_revision(options))
+            loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False, **options)
+        except OSError as error:
+            raise UserError(f"model {folder!r} can't be loaded: {' '.join(str(error).split())[:300]}") from None
+        tokenizer.padding_side = "left"
+        return loaded, tokenizer
+
+    def _load_adapter(self, folder: Path, model: ModelSection) -> tuple[Any, Any]:
+        from peft import PeftModel
+
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        base = str(folder / base) if base.startswith("..") else base
+        loaded, _ = self.load(base, model)
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.padding_side = "left"
+        return PeftModel.from_pretrained(loaded, str(folder), is_trainable=True), tokenizer
+
+    def adapt(self, model: Any, section: ModelSection, seed: int) -> Any:
+        if section.tuning == "full" or hasattr(model, "peft_config"):
+            return model
+        import torch
+        from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+        torch.manual_seed(seed)
+        if section.tuning == "qlora":
+            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        return get_peft_model(
+            model,
+            LoraConfig(r=section.lora_r, lora_alpha=section.lora_alpha, target_modules=targets, task_type="CAUSAL_LM"),
+        )
+
+    def trainers(self) -> tuple[type, type]:
+        from trl import GRPOTrainer, SFTTrainer
+
+        return GRPOTrainer, SFTTrainer
+
+
+def choose_engine(recipe: Recipe) -> Engine:
+    """The engine a recipe asks for, or the best one here.
+
+    Raises:
+        UserError: the training extra is missing, or the recipe needs a GPU and there is none.
+    """
+    try:
+        import torch
+        import trl  # noqa: F401
+    except ImportError as error:
+        raise missing_extra("train", error.name or "torch") from None
+    if recipe.needs_gpu and not torch.cuda.is_available() and not _has_xpu():
+        raise UserError(
+            f"recipe {recipe.name!r} needs a GPU and torch sees none here; "
+            "train on a CPU with: patarm-lite train tiny (or --set needs_gpu=false to try this one anyway)"
+        )
+    if recipe.engine == "unsloth":
+        raise UserError("engine 'unsloth' is not in this version; use --set engine=transformers")
+    return TransformersEngine()
+
+
+def save_judge(model: Any, tokenizer: Any, protocol: PromptProtocol, rubric: str, folder: Path) -> None:
+    """Write a judge's folder (safetensors, tokenizer, protocol) under a temporary name, then rename."""
+    temporary = folder.with_name(folder.name + ".part")
+    _remove(temporary)
+    model.save_pretrained(temporary, safe_serialization=True)
+    tokenizer.save_pretrained(temporary)
+    described = {"protocol": protocol.name, "instructions": protocol.instructions, "thinking": protocol.thinking}
+    (temporary / PROTOCOL_FILE).write_text(
+        json.dumps({**described, "rubric": rubric}, indent=1) + "\n", encoding="utf-8"
+    )
+    _remove(folder)
+    os.replace(temporary, folder)
+
+
+def load_protocol(folder: Path) -> tuple[PromptProtocol, str]:
+    """The protocol a judge's folder was trained with, and which primary rubrics ('arena' or 'standard')."""
+    path = folder / PROTOCOL_FILE
+    if not path.is_file():
+        raise UserError(f"{folder} holds no {PROTOCOL_FILE}: not a judge of patarm-lite")
+    data = json.loads(path.read_text(encoding="utf-8"))
+    return PromptProtocol(data["protocol"], data["instructions"], data["thinking"]), data["rubric"]
+
+
+def _remove(folder: Path) -> None:
+    import shutil
+
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def _revision(options: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key == "revision"}
+
+
+def _has_xpu() -> bool:
+    import torch
+
+    return hasattr(torch, "xpu") and torch.xpu.is_available()
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda:0" if torch.cuda.is_available() else "xpu:0" if _has_xpu() else "cpu"
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    if name != "auto":
+        return getattr(torch, name)
+    if not torch.cuda.is_available():
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16

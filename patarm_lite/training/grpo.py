@@ -1,0 +1,382 @@
+"""GRPO with PAR through TRL's GRPOTrainer. Pairs stay together, prompts stay ours, sampling can be resumed.
+
+Three things are ours and not TRL's: the order of rows (both groups of a pair must reach one reward call), the prompt
+ids (contract 2: the `prompt` column holds ids, and one overridden method hands them through), and the seed of every
+generation (a function of seed, step and rank, so that a resumed run draws the same judgements).
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from patarm_lite.errors import UserError
+from patarm_lite.par import format_reward, preference_rewards
+from patarm_lite.recipe import GrpoSection, Recipe
+from patarm_lite.records import Verdict
+from patarm_lite.verdicts import parse
+
+
+def pair_order(pairs: int, seed: int, epoch: int) -> list[int]:
+    """The order of the pairs in one epoch: a pure function of its arguments.
+
+    >>> pair_order(4, seed=1, epoch=0) == pair_order(4, seed=1, epoch=0) != pair_order(4, seed=1, epoch=1)
+    True
+    """
+    order = list(range(pairs))
+    random.Random(f"pairs {seed} {epoch}").shuffle(order)
+    return order
+
+
+class PairSampler:
+    """Row numbers for the trainer's loader: blocks of whole pairs, epoch after epoch without a gap.
+
+    Row `2 i` of the data set is the chosen side of pair i, row `2 i + 1` the rejected side. A block is
+    `pairs_per_step` pairs for each process: n times the chosen row, n times the rejected row of each. The loader's
+    batch is what one process generates at once, so a block is repeated for the micro-batches that share it.
+    The stream runs on over the end of an epoch, so no pair is ever dropped and resuming is skipping.
+    """
+
+    def __init__(self, pairs: int, n: int, block: int, repeats: int, blocks: int, seed: int) -> None:
+        self.pairs, self.n, self.block, self.repeats, self.blocks, self.seed = pairs, n, block, repeats, blocks, seed
+
+    def __len__(self) -> int:
+        return self.blocks * self.block * self.repeats * 2 * self.n
+
+    def stream(self) -> Iterator[int]:
+        """Pair numbers without end."""
+        epoch = 0
+        while True:
+            yield from pair_order(self.pairs, self.seed, epoch)
+            epoch += 1
+
+    def __iter__(self) -> Iterator[int]:
+        stream = self.stream()
+        for _ in range(self.blocks):
+            rows: list[int] = []
+            for pair in [next(stream) for _ in range(self.block)]:
+                rows += [2 * pair] * self.n + [2 * pair + 1] * self.n
+            for _ in range(self.repeats):
+                yield from rows
+
+
+def check_batches(per_device: int, steps_per_generation: int, n: int) -> None:
+    """Refuse batch sizes that would split a pair.
+
+    Raises:
+        UserError: naming the numbers to change.
+    """
+    together = per_device * steps_per_generation
+    if together % (2 * n):
+        raise UserError(
+            f"a process would generate {together} rollouts at once (per_device {per_device} x steps_per_generation "
+            f"{steps_per_generation}), not a multiple of {2 * n} = 2 sides x n={n}, so a pair would be split: set "
+            f"grpo.per_device to a divisor of 2 x n x pairs_per_step"
+        )
+
+
+class ParReward:
+    """PAR as TRL reward functions, and the record of every rollout it judged.
+
+    Call `preference` and `format` (or `total`, their sum) with TRL's keywords. `decode` turns completion ids into
+    (text, ended). Rewards are counted in the order of the batch: for each pair 2 n rollouts, chosen first.
+    """
+
+    def __init__(
+        self, settings: GrpoSection, decode: Callable[[Sequence[int]], tuple[str, bool]], thinking: bool = False
+    ) -> None:
+        self.settings = settings
+        self.thinking = thinking
+        self.decode = decode
+        self.rows: list[dict[str, Any]] = []
+        self.stats: dict[str, float] = {}
+        self._judged: Any = None
+
+    def functions(self) -> list[Callable[..., list[float]]]:
+        """What to give the trainer: one summed function, or two that are normalised apart."""
+        if self.settings.format_apart:
+            return [_named("preference", self.preference), _named("format", self.format)]
+        return [_named("par", self.total)]
+
+    def total(self, *, completion_ids: list[list[int]], pair: list[int], side: list[int], **_: Any) -> list[float]:
+        self._judge(completion_ids, pair, side)
+        return [row["preference"] + row["format"] for row in self.rows]
+
+    def preference(self, *, completion_ids: list[list[int]], pair: list[int], side: list[int], **_: Any) -> list[float]:
+        self._judge(completion_ids, pair, side)
+        return [row["preference"] for row in self.rows]
+
+    def format(self, *, completion_ids: list[list[int]], pair: list[int], side: list[int], **_: Any) -> list[float]:
+        self._judge(completion_ids, pair, side)
+        return [row["format"] for row in self.rows]
+
+    def _judge(self, completion_ids: list[list[int]], pair: list[int], side: list[int]) -> None:
+        if self._judged is completion_ids:
+            return
+        self._judged = completion_ids
+        n = self.settings.n
+        groups = whole_pairs(pair, side, n)
+        texts = [self.decode(ids) for ids in completion_ids]
+        verdicts = [parse(text, ended, self.thinking) for text, ended in texts]
+        self.rows = []
+        wins, distances, dead = [], [], 0
+        for start in groups:
+            chosen, rejected = verdicts[start : start + n], verdicts[start + n : start + 2 * n]
+            rewards = preference_rewards(chosen, rejected, self.settings.form, self.settings.findings)
+            for offset, group, preferences in ((0, chosen, rewards[0]), (n, rejected, rewards[1])):
+                formats = [format_reward(verdict) for verdict in group]
+                dead += len({a + b for a, b in zip(preferences, formats, strict=True)}) == 1
+                for i, (verdict, preference, form) in enumerate(zip(group, preferences, formats, strict=True)):
+                    at = start + offset + i
+                    self.rows.append(
+                        {
+                            "pair": pair[at],
+                            "side": "rejected" if side[at] else "chosen",
+                            "text": texts[at][0],
+                            "score": verdict.score,
+                            "problem": verdict.problem,
+                            "faults": list(verdict.faults),
+                            "preference": preference,
+                            "format": form,
+                            "reward": preference + form,
+                            "tokens": len(completion_ids[at]),
+                        }
+                    )
+            means = _mean_score(chosen), _mean_score(rejected)
+            if means[0] is not None and means[1] is not None:
+                wins.append(1.0 if means[0] > means[1] else 0.5 if means[0] == means[1] else 0.0)
+                distances.append(means[0] - means[1])
+            else:
+                wins.append(0.0)
+        count = len(self.rows)
+        self.stats = {
+            "reward": sum(row["reward"] for row in self.rows) / count,
+            "preference": sum(row["preference"] for row in self.rows) / count,
+            "format": sum(row["format"] for row in self.rows) / count,
+            "win_share": sum(wins) / len(wins),
+            "distance": sum(distances) / len(distances) if distances else 0.0,
+            "dead_groups": dead / (2 * len(groups)),
+            "unreadable": sum(row["problem"] is not None for row in self.rows) / count,
+            "faulty": sum(bool(row["faults"]) for row in self.rows) / count,
+            "length": sum(row["tokens"] for row in self.rows) / count,
+        }
+
+
+def _named(name: str, function: Callable[..., list[float]]) -> Callable[..., list[float]]:
+    def reward(**keywords: Any) -> list[float]:
+        return function(**keywords)
+
+    reward.__name__ = name
+    return reward
+
+
+def _mean_score(group: Sequence[Verdict]) -> float | None:
+    scores = [verdict.score for verdict in group if verdict.score is not None]
+    return sum(scores) / len(scores) if scores else None
+
+
+def whole_pairs(pair: Sequence[int], side: Sequence[int], n: int) -> list[int]:
+    """Where each pair's 2 n rollouts begin in a reward call.
+
+    Raises:
+        AssertionError: a pair is not there whole, chosen first. PAR of half a pair would be a silent lie.
+    """
+    if len(pair) % (2 * n):
+        raise AssertionError(f"a reward call holds {len(pair)} rollouts, not a multiple of {2 * n}: a pair was split")
+    starts = list(range(0, len(pair), 2 * n))
+    for start in starts:
+        end = start + 2 * n
+        if len(set(pair[start:end])) != 1 or list(side[start:end]) != [0] * n + [1] * n:
+            raise AssertionError(
+                f"rollouts {start} to {end} of a reward call are pairs {sorted(set(pair[start:end]))}, "
+                "not both groups of one pair"
+            )
+    return starts
+
+
+def generation_seed(seed: int, step: int, rank: int, evaluated: int | None = None) -> int:
+    """Seed of one generation: distinct over steps and ranks, below 2**63.
+
+    `evaluated`: in evaluation, where many batches share a step, the first pair of the batch.
+    """
+    words = f"rollouts {seed} {step} {rank}" if evaluated is None else f"evaluation {seed} {step} {rank} {evaluated}"
+    return random.Random(words).getrandbits(62)
+
+
+def grpo_config(recipe: Recipe, folder: Path, device: dict[str, Any]) -> Any:
+    """TRL's GRPOConfig with everything that matters set explicitly.
+
+    Raises:
+        UserError: batch sizes that would split a pair.
+    """
+    from trl import GRPOConfig
+
+    settings = recipe.grpo
+    rollouts = 2 * settings.n * settings.pairs_per_step
+    per_device = settings.per_device or rollouts
+    check_batches(per_device, rollouts // per_device, settings.n)
+    return GRPOConfig(
+        output_dir=str(folder),
+        max_steps=settings.steps,
+        per_device_train_batch_size=per_device,
+        per_device_eval_batch_size=2 * settings.n,
+        gradient_accumulation_steps=rollouts // per_device,
+        steps_per_generation=rollouts // per_device,
+        num_iterations=1,
+        num_generations=settings.n,
+        num_generations_eval=settings.n,
+        max_completion_length=settings.max_completion_tokens,
+        temperature=settings.temperature,
+        top_p=1.0,
+        top_k=0,
+        min_p=None,
+        repetition_penalty=1.0,
+        learning_rate=settings.lr,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=settings.warmup,
+        optim="adamw_torch",
+        adam_beta1=0.9,
+        adam_beta2=0.999,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        beta=settings.beta,
+        epsilon=0.2,
+        epsilon_high=0.28,
+        loss_type=settings.loss,
+        scale_rewards=settings.scale_rewards,
+        importance_sampling_level="token",
+        multi_objective_aggregation="normalize_then_sum" if settings.format_apart else "sum_then_normalize",
+        mask_truncated_completions=False,
+        top_entropy_quantile=1.0,
+        use_vllm=False,
+        shuffle_dataset=False,
+        disable_dropout=True,
+        remove_unused_columns=False,
+        gradient_checkpointing=False,
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        logging_steps=1,
+        logging_strategy="steps",
+        log_completions=False,
+        disable_tqdm=True,
+        report_to=list(recipe.report_to),
+        save_strategy="steps",
+        save_steps=settings.save_every,
+        save_total_limit=2,
+        dataloader_num_workers=0,
+        dataloader_pin_memory=False,
+        **device,
+    )
+
+
+def row_dataset(prompts: Sequence[tuple[list[int], list[int]]]) -> Any:
+    """Rows 2 i and 2 i + 1: prompt ids of the chosen and of the rejected side of pair i."""
+    from datasets import Dataset
+
+    rows: dict[str, list[Any]] = {"prompt": [], "pair": [], "side": []}
+    for number, sides in enumerate(prompts):
+        for side, ids in enumerate(sides):
+            rows["prompt"].append(ids)
+            rows["pair"].append(number)
+            rows["side"].append(side)
+    return Dataset.from_dict(rows)
+
+
+def settle(model: Any) -> None:
+    """Make a loaded judge answer by our settings alone, and the same way for as long as it is loaded.
+
+    What a base says of sampling (Qwen's checkpoints: temperature 0.6, top_k 20, top_p 0.95) is dropped, its special
+    tokens are kept: transformers fills in from it whatever a call of `generate` leaves open, `min_p` in TRL's for one.
+    bitsandbytes is kept from repacking 4-bit weights on a CPU: it does so in the first pass without gradients and
+    rounds their scales, so that what a judge answers would depend on whether it had been evaluated before.
+    """
+    from transformers import GenerationConfig
+
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+    own = model.generation_config
+    model.generation_config = GenerationConfig(
+        bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
+    )
+
+
+def trainer_class(base: type) -> type:
+    """The GRPO trainer: `base` is TRL's class, or what an engine made of it (so this runs after its import)."""
+    import torch
+
+    class PairGrpoTrainer(base):  # type: ignore[misc, valid-type]
+        par: ParReward
+        on_rollouts: Callable[[int, list[dict[str, Any]]], None] | None = None
+
+        def __init__(self, *, model: Any, **keywords: Any) -> None:
+            trained = [(weight, weight.data) for weight in model.parameters() if weight.requires_grad]
+            super().__init__(model=model, **keywords)
+            for weight, data in trained:
+                if weight.dtype != data.dtype:  # TRL rounds a 4-bit judge's adapter to bfloat16: small steps vanish
+                    weight.data = data.to(weight.device)
+            settle(self.model)
+
+        def _get_train_sampler(self, dataset: Any = None) -> Any:
+            data = self.train_dataset if dataset is None else dataset
+            args = self.args
+            return _as_torch_sampler(
+                PairSampler(
+                    pairs=len(data) // 2,
+                    n=args.num_generations,
+                    block=args.generation_batch_size // (2 * args.num_generations),
+                    repeats=args.steps_per_generation,
+                    blocks=args.max_steps,
+                    seed=args.seed,
+                )
+            )
+
+        def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+            n = self.args.num_generations
+            return _as_torch_sampler([row for row in range(len(eval_dataset)) for _ in range(n)])
+
+        def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
+            return [list(ids) for ids in prompts], None, {}
+
+        def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+            step, rank = self.state.global_step, self.accelerator.process_index
+            evaluated = None if self.model.training else inputs[0]["pair"]
+            torch.manual_seed(generation_seed(self.args.seed, step, rank, evaluated))
+            output = super()._generate_and_score_completions(inputs)
+            _assert_ours([row["prompt"] for row in inputs], output["prompt_ids"], output["prompt_mask"])
+            for row, advantage in zip(self.par.rows, output["advantages"].tolist(), strict=True):
+                row["advantage"] = advantage
+            if self.on_rollouts is not None and self.model.training:
+                self.on_rollouts(step + 1, self.par.rows)
+            return output
+
+    return PairGrpoTrainer
+
+
+def _assert_ours(prompts: Sequence[Sequence[int]], prompt_ids: Any, prompt_mask: Any) -> None:
+    """The ids that the forward pass sees are the ids that our protocol made."""
+    for ours, ids, mask in zip(prompts, prompt_ids.tolist(), prompt_mask.tolist(), strict=True):
+        if [token for token, real in zip(ids, mask, strict=True) if real] != list(ours):
+            raise AssertionError("the prompt ids of the forward pass are not those of the prompt protocol")
+
+
+def _as_torch_sampler(rows: Any) -> Any:
+    from torch.utils.data import Sampler
+
+    class Rows(Sampler):  # type: ignore[misc]
+        def __iter__(self) -> Iterator[int]:
+            return iter(rows)
+
+        def __len__(self) -> int:
+            return len(rows)
+
+    return Rows()
+
+
+def epochs_of(steps: int, pairs_per_step: int, pairs: int) -> float:
+    """How often each pair is seen in a run."""
+    return math.floor(100 * steps * pairs_per_step / pairs) / 100

@@ -1,0 +1,522 @@
+"""One training run from recipe to report: cold start, evaluation, method, evaluation. Each stage can be resumed.
+
+A stage writes its result by rename; on resume a stage whose result is there is skipped, the one that was cut goes on
+from its last complete checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import platform
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from patarm_lite import __version__, arena
+from patarm_lite.errors import UserError
+from patarm_lite.metrics import judged_to_rows, pair_to_row, rows_to_judged
+from patarm_lite.prompts import Encoder, Protocol, decode_judgement
+from patarm_lite.recipe import Recipe, load_recipe
+from patarm_lite.records import JudgedPair, Pair, Rubric
+from patarm_lite.training import sft
+from patarm_lite.training.data import RunPairs, arena_examples, file_examples, fit_pairs, load_run_pairs
+from patarm_lite.training.engine import Engine, choose_engine, save_judge
+from patarm_lite.training.evaluation import Sampler, judge_pairs, rubric_for, summary_of
+from patarm_lite.training.grpo import (
+    ParReward,
+    epochs_of,
+    grpo_config,
+    row_dataset,
+    settle,
+    trainer_class,
+)
+from patarm_lite.training.run_folder import (
+    RunFolder,
+    check_free,
+    checkpoint_step,
+    disk_trouble,
+    last_checkpoint,
+    read_lines,
+    write_json,
+    write_lines,
+    write_text,
+)
+from patarm_lite.training.watch import Doomed, StopSignal, callback
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "bitsandbytes", "numpy")
+SAMPLES_EVERY = 10
+"""Steps between the judgements kept in samples.jsonl."""
+
+
+@dataclass
+class Context:
+    """What the stages of one run share."""
+
+    folder: RunFolder
+    recipe: Recipe
+    engine: Engine
+    stop: StopSignal
+    rubric: Callable[[str], Rubric]
+    pairs: RunPairs
+    train: list[Pair] = field(default_factory=list)
+    heldout: list[Pair] = field(default_factory=list)
+    model: Any = None
+    tokenizer: Any = None
+
+    @property
+    def protocol(self) -> Protocol:
+        return Protocol(instructions=self.recipe.protocol.instructions, thinking=self.recipe.protocol.thinking)
+
+    @property
+    def encoder(self) -> Encoder:
+        return Encoder.from_tokenizer(self.tokenizer, self.protocol)
+
+    def sampler(self) -> Sampler:
+        return Sampler(
+            self.model,
+            self.tokenizer,
+            self.encoder,
+            self.recipe.grpo.max_completion_tokens,
+            self.recipe.eval.batch_size,
+        )
+
+    def device_arguments(self) -> dict[str, Any]:
+        """Trainer arguments that depend on the machine."""
+        import torch
+
+        gpu = torch.cuda.is_available()
+        half = gpu and self.recipe.model.dtype in ("auto", "bfloat16", "float16")
+        bf16 = half and self.recipe.model.dtype != "float16" and torch.cuda.is_bf16_supported()
+        return {"bf16": bf16, "fp16": half and not bf16, "use_cpu": not gpu}
+
+    @contextlib.contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        wall, cpu = time.monotonic(), _cpu_seconds()
+        try:
+            yield
+        finally:
+            self.folder.note_stage(stage, time.monotonic() - wall, _cpu_seconds() - cpu)
+
+
+def _cpu_seconds() -> float:
+    used = os.times()
+    return used.user + used.system + used.children_user + used.children_system
+
+
+def train(recipe: Recipe, out: Path, force: bool = False, offline: bool = False, command: str = "") -> Path:
+    """Run a recipe into a new run folder.
+
+    Returns the run folder.
+
+    Raises:
+        UserError: bad input (nothing is written then), a run that can't learn, a full disk.
+        KeyboardInterrupt: Ctrl-C; the run can be resumed.
+    """
+    check_free(out, force)
+    engine = choose_engine(recipe)
+    _check(recipe, offline)
+    pairs = load_run_pairs(recipe, offline)
+    folder = RunFolder.create(out, force)
+    write_text(
+        folder / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    )
+    folder.note(
+        status="running",
+        name=recipe.name,
+        seed=recipe.seed,
+        engine=engine.name,
+        command=command,
+        offline=offline,
+        versions=_versions(),
+        machine={"processor": platform.machine(), "cores": os.cpu_count(), "threads": recipe.threads or _threads()},
+    )
+    return _run(folder, recipe, engine, pairs)
+
+
+def resume(run: Path) -> Path:
+    """Go on with a run that was stopped or killed; a finished run is left as it is.
+
+    Raises:
+        UserError: not a run folder, or its data are not what they were.
+    """
+    folder = RunFolder.open(run)
+    recipe = load_recipe(str(folder / "recipe.yaml"))
+    if folder.about().get("status") == "done":
+        sys.stderr.write(f"{run} is finished; see {run}/report.html\n")
+        return run
+    engine = choose_engine(recipe)
+    pairs = load_run_pairs(recipe, bool(folder.about().get("offline")))
+    folder.note(status="running")
+    return _run(folder, recipe, engine, pairs)
+
+
+def _check(recipe: Recipe, offline: bool) -> None:
+    base = recipe.model.base
+    if base == "arena":
+        if recipe.model.tuning != "full":
+            raise UserError(
+                f"model.tuning={recipe.model.tuning} needs a trained base, but model.base is 'arena' (from scratch); "
+                "train it in full first, then set model.base=RUN/judge"
+            )
+        if recipe.sft.source in ("rejection", "none") and recipe.sft.init is None:
+            raise UserError(
+                f"sft.source={recipe.sft.source} needs a base that can judge already, but model.base is 'arena'"
+            )
+    elif not Path(base).exists():
+        if base.startswith((".", "/", "~")) or base.count("/") != 1:
+            raise UserError(f"model.base {base!r} is neither a folder here nor a hub id NAME/MODEL")
+        if offline or os.environ.get("HF_HUB_OFFLINE") == "1":
+            _check_cached(base, recipe.model.revision)
+    elif not any((Path(base) / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise UserError(f"model.base {base!r} is no folder of a model (no config.json in it); give RUN/judge, say")
+    for tracker in recipe.report_to:
+        if importlib.util.find_spec(tracker) is None:
+            raise UserError(f"report_to names {tracker}, which is not installed; type: pip install {tracker}")
+    if recipe.sft.init is not None and not (Path(recipe.sft.init) / "sft").is_dir():
+        raise UserError(f"sft.init {recipe.sft.init} is not a run folder with a cold-started judge (no sft/ in it)")
+
+
+def _check_cached(base: str, revision: str) -> None:
+    from huggingface_hub import try_to_load_from_cache
+
+    if not isinstance(try_to_load_from_cache(base, "config.json", revision=revision), str):
+        raise UserError(
+            f"model.base {base!r} is a hub id, you are offline and it is not in the cache; give a local folder"
+        )
+
+
+def _versions() -> dict[str, str]:
+    found = {"patarm-lite": __version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def _threads() -> int:
+    return max(1, min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
+
+
+def _run(folder: RunFolder, recipe: Recipe, engine: Engine, pairs: RunPairs) -> Path:
+    import torch
+    import transformers
+
+    torch.set_num_threads(recipe.threads or _threads())
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    import datasets
+
+    datasets.disable_progress_bars()
+    with StopSignal() as stop:
+        context = Context(folder, recipe, engine, stop, rubric_for(recipe.protocol.rubric), pairs)
+        _describe(context)
+        try:
+            with disk_trouble(folder.path):
+                _load_start(context)
+                _prepare_pairs(context)
+                _cold_start(context)
+                if recipe.data.filter_votes > 0:
+                    from patarm_lite.training.dead_pairs import filter_dead_pairs
+
+                    filter_dead_pairs(context)
+                before = _evaluate(context, "before")
+                stop.check()
+                _method(context)
+                after = _evaluate(context, "after")
+        except KeyboardInterrupt:
+            folder.note(status="interrupted")
+            sys.stderr.write(f"stopped; go on with: patarm-lite train --resume {shlex.quote(str(folder.path))}\n")
+            raise
+        except UserError as error:
+            folder.note(status="stopped", cause=str(error))
+            raise
+    _finish(context, before, after)
+    return folder.path
+
+
+def _describe(context: Context) -> None:
+    recipe, grpo = context.recipe, context.recipe.grpo
+    sys.stderr.write(
+        f"{recipe.name}: method {recipe.method}, engine {context.engine.name}, seed {recipe.seed}, "
+        f"{len(context.pairs.train)} training and {len(context.pairs.heldout)} held-out pairs\n"
+        f"cold start: {recipe.sft.source if recipe.sft.init is None else recipe.sft.init}, {recipe.sft.steps} steps of "
+        f"{recipe.sft.batch_size}, lr {recipe.sft.lr:g}; GRPO: {grpo.steps} steps of {grpo.pairs_per_step} pairs x 2 x "
+        f"n={grpo.n}, lr {grpo.lr:g}, PAR {grpo.form}, findings {grpo.findings:g}\n"
+        f"output: {context.folder.path}\n"
+    )
+
+
+def _load_start(context: Context) -> None:
+    """The tokenizer, and the model that the cold start begins from."""
+    recipe = context.recipe
+    if (context.folder / "sft").is_dir() or recipe.sft.init is not None:
+        start = context.folder / "sft" if (context.folder / "sft").is_dir() else Path(str(recipe.sft.init)) / "sft"
+        context.model, context.tokenizer = _load(context, str(start))
+        return
+    if recipe.model.base != "arena":
+        loaded, context.tokenizer = _load(context, recipe.model.base)
+        context.model = context.engine.adapt(loaded, recipe.model, recipe.seed)
+        return
+    texts = arena.protocol_texts(recipe.arena, context.protocol, recipe.seed)
+    vocab = recipe.model.vocab
+    if recipe.data.pairs:
+        vocab = recipe.model.vocab_with_pairs
+        for pair in context.pairs.train:
+            texts += [turn.content for turn in pair.prompt] + [pair.chosen, pair.rejected]
+    context.tokenizer = arena.train_tokenizer(texts, vocab)
+    section = recipe.model
+    context.model = arena.build_judge(
+        context.tokenizer,
+        hidden=section.hidden,
+        layers=section.layers,
+        heads=section.heads,
+        mlp=section.mlp,
+        seed=recipe.seed,
+    )
+
+
+def _load(context: Context, folder: str) -> tuple[Any, Any]:
+    model, tokenizer = context.engine.load(folder, context.recipe.model)
+    settle(model)
+    return model, tokenizer
+
+
+def _prepare_pairs(context: Context) -> None:
+    context.train, context.heldout, counts = fit_pairs(context.recipe, context.pairs, context.encoder, context.rubric)
+    known = context.folder.about().get("data")
+    if known is not None and known.get("sha256_train") != counts["sha256_train"]:
+        raise UserError(
+            f"the training pairs are not those that {context.folder.path} was started with; start a new run"
+        )
+    context.folder.note(data=counts, parameters=sum(p.numel() for p in context.model.parameters()))
+    if not (context.folder / "heldout.jsonl").is_file():
+        write_lines(context.folder / "heldout.jsonl", [pair_to_row(pair) for pair in context.heldout])
+
+
+def _cold_start(context: Context) -> None:
+    target = context.folder / "sft"
+    if target.is_dir():
+        return
+    with context.timed("sft"):
+        if context.recipe.sft.init is None and context.recipe.sft.source != "none":
+            if context.recipe.sft.source == "rejection":
+                from patarm_lite.training.rejection import rejection_examples
+
+                examples = rejection_examples(context, context.recipe.sft.votes)
+            elif context.recipe.sft.source == "file":
+                path = Path(str(context.recipe.sft.file))
+                examples, dropped = file_examples(
+                    path, context.encoder, context.rubric, context.recipe.data.max_prompt_tokens
+                )
+                context.folder.note(sft_lines_dropped=dropped)
+            else:
+                examples = arena_examples(context.recipe, context.encoder)
+            fine_tune(context, examples, "sft", context.recipe.sft.steps)
+        save_judge(context.model, context.tokenizer, context.protocol, context.recipe.protocol.rubric, target)
+    shutil.rmtree(context.folder / "checkpoints" / "sft", ignore_errors=True)
+
+
+def fine_tune(
+    context: Context, examples: list[sft.Example], stage: str, steps: int, minutes: float | None = None
+) -> None:
+    """SFT of the context's model on examples, for `steps` or `minutes`, with checkpoints under the stage's name."""
+    settings = context.recipe.sft
+    sft.check_examples(examples, context.encoder.end_id)
+    checkpoints = context.folder / "checkpoints" / stage
+    checkpoint = last_checkpoint(checkpoints)
+    done = checkpoint_step(checkpoint)
+    context.folder.trim("metrics.jsonl", lambda row: row["stage"] != stage or row["step"] <= done)
+    watch = callback(
+        context.folder,
+        stage,
+        steps,
+        done,
+        context.stop,
+        row_of_step=lambda logs: {},
+        words_of_row=lambda row: f"loss {row['loss']:.3f}",
+        minutes=minutes,
+    )
+    trainer = sft.trainer_class()(
+        model=context.model,
+        args=sft.training_arguments(settings, checkpoints, context.recipe.seed, steps, context.device_arguments()),
+        train_dataset=examples,
+        data_collator=sft.collate,
+        callbacks=[watch],
+    )
+    _fit(context, trainer, watch, checkpoint)
+
+
+def _fit(context: Context, trainer: Any, watch: Any, checkpoint: Path | None) -> None:
+    from transformers.trainer_callback import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    context.stop.check()
+    if watch.cause is not None:
+        raise UserError(f"this run can't learn and was stopped: {watch.cause}")
+
+
+def _evaluate(context: Context, when: str) -> list[JudgedPair]:
+    path = context.folder / f"heldout_{when}.jsonl"
+    if path.is_file():
+        return rows_to_judged(read_lines(path), context.heldout)
+    recipe = context.recipe
+    known = _evaluated_already(context) if when == "before" else None
+    if known is not None:
+        write_text(path, known.read_text(encoding="utf-8"))
+        return rows_to_judged(read_lines(path), context.heldout)
+    with context.timed("evaluation"):
+        judged = judge_pairs(
+            context.sampler(), context.heldout, context.rubric, recipe.eval.votes, recipe.seed, f"judging {when}"
+        )
+        write_lines(path, judged_to_rows(judged))
+    found = summary_of(judged)
+    sys.stderr.write(
+        f"{when}: accuracy {found['accuracy']:.3f} [{found['low']:.3f}, {found['high']:.3f}] on {len(judged)} held-out "
+        f"pairs, unreadable {found['unreadable']:.1%}\n"
+    )
+    return judged
+
+
+def _evaluated_already(context: Context) -> Path | None:
+    """Where the judge of `sft.init` was evaluated before, on the same pairs with the same votes and seed."""
+    if context.recipe.sft.init is None:
+        return None
+    other = RunFolder.open(Path(context.recipe.sft.init))
+    theirs, path = load_recipe(str(other / "recipe.yaml")), other / "heldout_before.jsonl"
+    same = (
+        path.is_file()
+        and other.about()["data"]["sha256_heldout"] == context.folder.about()["data"]["sha256_heldout"]
+        and (theirs.eval, theirs.seed) == (context.recipe.eval, context.recipe.seed)
+        and theirs.grpo.max_completion_tokens == context.recipe.grpo.max_completion_tokens
+    )
+    return path if same else None
+
+
+def _method(context: Context) -> None:
+    from patarm_lite.training import baselines, rejection, scalar
+
+    method, target = context.recipe.method, context.folder / "judge"
+    if target.is_dir() and method == "scalar":
+        context.model = scalar.load_scalar(target)
+        return
+    if target.is_dir():
+        context.model, context.tokenizer = _load(context, str(target))
+        return
+    # 'sft' is the cold start's stage: its metrics and checkpoints must not be taken for the method's
+    stage = {"par": "grpo", "sft": "more_sft"}.get(method, method)
+    with context.timed(stage):
+        if method == "par":
+            grpo(context)
+        elif method == "sft":
+            baselines.more_sft(context, stage)
+        elif method == "rejection":
+            rejection.train_rejection(context, stage)
+        else:
+            scalar.train_scalar(context, stage)
+    save = scalar.save_scalar if method == "scalar" else save_judge
+    save(context.model, context.tokenizer, context.protocol, context.recipe.protocol.rubric, target)
+    shutil.rmtree(context.folder / "checkpoints" / stage, ignore_errors=True)
+
+
+def grpo(context: Context) -> None:
+    """GRPO with PAR on the context's model."""
+    recipe, settings, folder = context.recipe, context.recipe.grpo, context.folder
+    encoder = context.encoder
+    checkpoints = folder / "checkpoints" / "grpo"
+    checkpoint = last_checkpoint(checkpoints)
+    done = checkpoint_step(checkpoint)
+    folder.trim("metrics.jsonl", lambda row: row["stage"] != "grpo" or row["step"] <= done)
+    folder.trim("samples.jsonl", lambda row: row["step"] <= done)
+    par = ParReward(
+        settings,
+        lambda ids: decode_judgement(context.tokenizer, ids, encoder.end_id),
+        thinking=recipe.protocol.thinking,
+    )
+    pairs = context.train
+    base, _ = context.engine.trainers()
+    watch = callback(
+        folder,
+        "grpo",
+        settings.steps,
+        done,
+        context.stop,
+        row_of_step=lambda logs: dict(par.stats),
+        words_of_row=_words,
+        doomed=Doomed(settings, folder.steps("grpo")),
+        minutes=recipe.minutes,
+    )
+    trainer = trainer_class(base)(
+        model=context.model,
+        reward_funcs=par.functions(),
+        args=grpo_config(recipe, checkpoints, context.device_arguments()),
+        train_dataset=row_dataset([encoder.pair_ids(pair, context.rubric(pair.task)) for pair in pairs]),
+        processing_class=context.tokenizer,
+        callbacks=[watch],
+    )
+    trainer.par = par
+
+    def keep(step: int, rows: list[dict[str, Any]]) -> None:
+        if step % SAMPLES_EVERY == 1 or step == settings.steps:
+            folder.append("samples.jsonl", [_sample(step, row, pairs[row["pair"]]) for row in rows[: 2 * settings.n]])
+
+    trainer.on_rollouts = keep
+    folder.note(epochs=epochs_of(settings.steps, settings.pairs_per_step, len(pairs)))
+    _fit(context, trainer, watch, checkpoint)
+
+
+def _sample(step: int, row: dict[str, Any], pair: Pair) -> dict[str, Any]:
+    prompt = [{"role": turn.role, "content": turn.content} for turn in pair.prompt]
+    response = pair.chosen if row["side"] == "chosen" else pair.rejected
+    return {"step": step, **row, "pair": pair.id, "task": pair.task, "prompt": prompt, "response": response}
+
+
+def _words(row: dict[str, Any]) -> str:
+    return (
+        f"won {row['win_share']:.2f}  distance {row['distance']:+.2f}  dead {row['dead_groups']:.2f}  "
+        f"unreadable {row['unreadable']:.1%}  faulty {row['faulty']:.1%}  length {row['length']:.0f}  "
+        f"loss {row['loss']:.3f}"
+    )
+
+
+def _finish(context: Context, before: list[JudgedPair], after: list[JudgedPair]) -> None:
+    folder, recipe = context.folder, context.recipe
+    about = folder.about()
+    stages = about.get("stages", {})
+    write_json(
+        folder / "summary.json",
+        {
+            "schema": 1,
+            "name": recipe.name,
+            "method": recipe.method,
+            "seed": recipe.seed,
+            "minutes": round(sum(stage["seconds"] for stage in stages.values()) / 60, 2),
+            "cpu_seconds": round(sum(stage["cpu_seconds"] for stage in stages.values()), 1),
+            "stages": stages,
+            "parameters": about["parameters"],
+            "data": about["data"],
+            "heldout": {
+                "n": len(after),
+                "decoding": "free",
+                "votes": recipe.eval.votes,
+                "before": summary_of(before),
+                "after": summary_of(after),
+            },
+        },
+    )
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    folder.note(status="done")
+    from patarm_lite.report import write_report
+
+    write_report(folder.path)
+    sys.stderr.write(f"done: {folder.path}/report.html\nnext: patarm-lite eval {folder.path} --pairs FILE\n")

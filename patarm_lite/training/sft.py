@@ -1,0 +1,105 @@
+"""Cold start: supervised fine-tuning on judgements, through transformers' Trainer.
+
+The loss is taken on the judgement's tokens alone, and only their logits are computed: on a CPU that is a third of
+the time of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from patarm_lite.recipe import SftSection
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """Token ids of one judging prompt and of the judgement to learn, end token included."""
+
+    input_ids: list[int]
+    prompt_length: int
+
+    @classmethod
+    def of(cls, prompt_ids: Sequence[int], judgement_ids: Sequence[int]) -> Example:
+        return cls([*prompt_ids, *judgement_ids], len(prompt_ids))
+
+
+def collate(examples: Sequence[Example]) -> dict[str, Any]:
+    """Right-padded `input_ids` and `labels` [B, L]; a label is -100 on the prompt and on padding.
+
+    Padding stands behind every token that is learned, so a causal model needs no attention mask.
+    """
+    import torch
+
+    longest = max(len(example.input_ids) for example in examples)
+    input_ids = torch.zeros(len(examples), longest, dtype=torch.long)
+    labels = torch.full((len(examples), longest), -100)
+    for row, example in enumerate(examples):
+        ids = torch.tensor(example.input_ids)
+        input_ids[row, : len(ids)] = ids
+        labels[row, example.prompt_length : len(ids)] = ids[example.prompt_length :]
+    return {"input_ids": input_ids, "labels": labels}
+
+
+def trainer_class() -> type:
+    """transformers' Trainer with the loss on the judgement's tokens; made inside a function to keep torch out."""
+    import torch
+    from transformers import Trainer
+
+    class SftTrainer(Trainer):  # type: ignore[misc]
+        def compute_loss(
+            self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            labels = inputs["labels"]
+            first = int((labels != -100).any(dim=0).int().argmax())
+            keep = labels.shape[1] - first + 1  # the logits of position t - 1 predict token t
+            outputs = model(input_ids=inputs["input_ids"], logits_to_keep=keep, use_cache=False)
+            logits, targets = outputs.logits[:, :-1].float(), labels[:, first:]
+            total = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+            loss = total / (num_items_in_batch if num_items_in_batch is not None else (targets != -100).sum())
+            return (loss, outputs) if return_outputs else loss
+
+    return SftTrainer
+
+
+def training_arguments(settings: SftSection, folder: Path, seed: int, steps: int, device: dict[str, Any]) -> Any:
+    """Every argument that matters, set explicitly. `device` holds the engine's own (bf16, use_cpu, ...)."""
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=1,
+        learning_rate=settings.lr,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.05},
+        warmup_steps=min(settings.warmup, steps // 4),
+        optim="adamw_torch",
+        adam_beta1=0.9,
+        adam_beta2=0.98,
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        remove_unused_columns=False,
+        seed=seed,
+        data_seed=seed,
+        logging_steps=1,
+        logging_strategy="steps",
+        disable_tqdm=True,
+        report_to=[],
+        save_strategy="steps",
+        save_steps=settings.save_every,
+        save_total_limit=2,
+        dataloader_num_workers=0,
+        dataloader_pin_memory=False,
+        **device,
+    )
+
+
+def check_examples(examples: Iterable[Example], end_id: int) -> None:
+    """Every example must end with the end token, or the judge never learns to stop."""
+    for example in examples:
+        if example.input_ids[-1] != end_id:
+            raise AssertionError("an SFT example does not end with the end token")
