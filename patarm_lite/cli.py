@@ -1,0 +1,512 @@
+"""The command line: one thin function per verb, heavy imports inside.
+
+Results go to stdout, talk to stderr. `main` is the entry point: a `UserError`, a mistyped command and a disk that
+can't be written each end as one `error:` line on stderr and exit code 2; Ctrl-C ends with 130; anything else is a
+bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import json
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import typer.core
+from typer.exceptions import TyperException
+
+from patarm_lite import __version__
+from patarm_lite.errors import UserError, missing_extra
+
+if TYPE_CHECKING:
+    from patarm_lite.recipe import Recipe
+
+EXTRA_OF = {
+    "accelerate": "train",
+    "bitsandbytes": "train",
+    "datasets": "train",
+    "huggingface_hub": "train",
+    "llama_cpp": "judge",
+    "matplotlib": "train",
+    "peft": "train",
+    "pyarrow": "train",
+    "safetensors": "train",
+    "tokenizers": "train",
+    "torch": "train",
+    "transformers": "train",
+    "trl": "train",
+    "unsloth": "unsloth",
+}
+"""Module -> the extra that brings it."""
+
+NOT_A_BUG = {
+    errno.EACCES: "permission denied",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EEXIST: "a file of that name is in the way",
+    errno.EFBIG: "the file would be larger than this system allows",
+    errno.EISDIR: "it is a folder, not a file",
+    errno.ENOSPC: "the disk is full",
+    errno.ENOTDIR: "a part of the path is a file, not a folder",
+    errno.EROFS: "the disk is read-only",
+}
+"""Errors of the operating system that no code of ours can cause."""
+
+SPREAD = ("--pairs", "--against", "--set")
+"""Options that take several values in a row, as a shell's `*` writes them."""
+
+
+class _Group(typer.core.TyperGroup):
+    """A group that reads its own options only where some are given.
+
+    Typer 0.29 imports pydantic to read even an absent `--help` of a group, on the way to the verb: half the time that
+    `patarm-lite VERB --help` takes.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        self.add_help_option = not args or args[0].startswith("-")
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=_Group,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Train, evaluate and inspect your own LLM judge, on one GPU or none.",
+    epilog="--version prints the version.\n\nExample:\n\n\b\n  patarm-lite train smoke --force",
+)
+recipes_app = typer.Typer(
+    cls=_Group,
+    rich_markup_mode=None,
+    help="List, show and copy recipes.\n\nA recipe is the YAML file that states one training run.",
+    epilog="Example:\n\n\b\n  patarm-lite recipes show tiny",
+)
+app.add_typer(recipes_app, name="recipes")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code is returned.
+
+    >>> main(["--version"])
+    patarm-lite 0.1.0
+    0
+    >>> main(["recipes", "show", "nothing-like-it"])
+    2
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments == ["--version"]:  # as an option of the app it would cost every --help the import of pydantic
+        typer.echo(f"patarm-lite {__version__}")
+        return 0
+    command = shlex.join(["patarm-lite", *arguments])
+    try:
+        code = app(_spread(arguments), prog_name="patarm-lite", standalone_mode=False, obj=command)
+    except UserError as error:
+        return _refuse(str(error))
+    except TyperException as error:
+        place = getattr(error, "ctx", None)
+        path = place.command_path if place is not None else "patarm-lite"
+        return _refuse(f"{error.format_message()} (see '{path} --help')")
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRA_OF:
+            raise
+        return _refuse(str(missing_extra(EXTRA_OF[error.name], error.name)))
+    except OSError as error:
+        if error.errno not in NOT_A_BUG:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        return _refuse(f"{where}{NOT_A_BUG[error.errno]}; give another place or make room, then type the command again")
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    return code if isinstance(code, int) else 0
+
+
+def _refuse(message: str) -> int:
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    return 2
+
+
+def _spread(arguments: Sequence[str]) -> list[str]:
+    """`--pairs a b` becomes `--pairs a --pairs b`. `--set` goes on as long as a value holds a `=`.
+
+    >>> _spread(["train", "tiny", "--pairs", "a", "b", "--seed", "2"])
+    ['train', 'tiny', '--pairs', 'a', '--pairs', 'b', '--seed', '2']
+    """
+    spread: list[str] = []
+    option, first = "", False
+    for number, argument in enumerate(arguments):
+        if argument == "--":
+            return [*spread, *arguments[number:]]
+        if argument in SPREAD:
+            option, first = argument, True
+        elif argument.startswith("-") and argument != "-":
+            option = ""
+        elif option and not first and (option != "--set" or "=" in argument):
+            spread.append(option)
+        else:
+            option, first = (option if first else ""), False
+        spread.append(argument)
+    return spread
+
+
+OfflineFlag = Annotated[bool, typer.Option("--offline", help="Touch no network; a hub id must be in the cache.")]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+ForceFlag = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help(), err=True)
+        raise typer.Exit(2)
+
+
+@app.command(epilog="Example:\n\n\b\n  patarm-lite train smoke --seed 2 --set grpo.lr=1e-4 --force")
+def train(
+    context: typer.Context,
+    recipe: Annotated[
+        str | None,
+        typer.Argument(metavar="RECIPE", help="A shipped recipe's name, or a YAML file.", show_default=False),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything drawn.", show_default=False)] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE...", help="Change keys of the recipe.")
+    ] = None,
+    pairs: Annotated[
+        list[str] | None, typer.Option("--pairs", metavar="FILE...", help="Train on these pair files or hub ids.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", metavar="OUT", help="The run folder; none: runs/RECIPE-seedN.")
+    ] = None,
+    force: ForceFlag = False,
+    offline: OfflineFlag = False,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Go on with an interrupted run; takes no other setting.")
+    ] = None,
+    shuffle_labels: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="Flip this share of the training labels (control).")
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(metavar="METHOD", help="par, or a baseline: sft, rejection, scalar.")
+    ] = None,
+) -> None:
+    """Train a judge from preference pairs.
+
+    RECIPE comes before --pairs.
+    """
+    if offline:
+        _go_offline()
+    if resume is not None:
+        if recipe or settings or pairs or out or force or (seed, shuffle_labels, method) != (None, None, None):
+            raise UserError("--resume goes on with the run's own recipe; leave out RECIPE and all but --offline")
+        run = _run_folder(resume)
+        _require("torch", "transformers", "trl")
+        from patarm_lite.training.run import resume as resume_run
+
+        finished = resume_run(run)
+    else:
+        if recipe is None:
+            raise UserError(
+                "train needs a RECIPE, before --pairs, e.g. patarm-lite train tiny; see patarm-lite recipes"
+            )
+        from patarm_lite.recipe import load_recipe
+
+        chosen = load_recipe(recipe, _settings(settings or [], seed, pairs or [], shuffle_labels, method))
+        _require("torch", "transformers", "trl")
+        from patarm_lite.training.run import train as train_run
+
+        finished = train_run(chosen, out or _default_out(chosen), force, offline, context.obj)
+    typer.echo(finished)
+
+
+@app.command(
+    name="eval",
+    epilog="Example:\n\n\b\n  patarm-lite train smoke --force\n  patarm-lite eval runs/smoke-seed1",
+)
+def evaluate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    pairs: Annotated[
+        list[str] | None,
+        typer.Option("--pairs", metavar="FILE...", help="Pair files or hub ids; none: the run's held-out pairs."),
+    ] = None,
+    votes: Annotated[int | None, typer.Option(min=1, help="Judgements per side; none: as the recipe says.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampled judgements.")] = 1,
+    as_json: JsonFlag = False,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", metavar="OUT", help="Also write the JSON to this file.")
+    ] = None,
+    force: ForceFlag = False,
+    offline: OfflineFlag = False,
+) -> None:
+    """Judge pairs: accuracy with intervals.
+
+    RUN comes before --pairs.
+    """
+    if offline:
+        _go_offline()
+    folder = _run_folder(run)
+    if out is not None:
+        _refuse_existing(out, force)
+    _require("torch", "transformers")
+    from patarm_lite.training.evaluation import evaluate_run
+
+    found = evaluate_run(folder, pairs or [], votes, seed)
+    text = json.dumps(found, indent=2, ensure_ascii=False)
+    if out is not None:
+        _write(out, text + "\n", force)
+    typer.echo(text if as_json else _accuracy_table(found))
+
+
+@app.command(
+    name="pairs",
+    epilog="""Example:
+
+\b
+  echo '{"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}' | patarm-lite pairs -""",
+)
+def show_pairs(
+    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Pair files, hub ids, or - for stdin.")],
+    mapping: Annotated[
+        str,
+        typer.Option("--map", metavar="OURS=COLUMN,...", help="Name the columns, e.g. prompt=question,chosen=good."),
+    ] = "",
+    task: Annotated[str, typer.Option(help="Task of every pair; auto: column, then heuristic.")] = "auto",
+    against: Annotated[
+        list[str] | None, typer.Option("--against", metavar="FILE...", help="Look for these benchmarks' prompts.")
+    ] = None,
+    revision: Annotated[str, typer.Option(help="Hub revision: branch, tag or commit.")] = "main",
+    as_json: JsonFlag = False,
+    offline: OfflineFlag = False,
+) -> None:
+    """Show what pair files hold.
+
+    Layout, counts, lengths, what training would drop and why, and how a judge would see a pair.
+    """
+    if offline:
+        _go_offline()
+    columns = _columns(mapping)
+    from patarm_lite.pairs import load_pairs, render_survey, survey
+
+    loaded = load_pairs(files, mapping=columns, task=task, revision=revision, offline=offline)
+    found = survey(loaded, against=against or ())
+    typer.echo(json.dumps(found, indent=2, ensure_ascii=False) if as_json else render_survey(found))
+
+
+@app.command(epilog="Example:\n\n\b\n  patarm-lite train smoke --force\n  patarm-lite report runs/smoke-seed1")
+def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
+    """Write a run's report again.
+
+    One HTML file that opens offline.
+    """
+    folder = _run_folder(run)
+    from patarm_lite.report import write_report
+
+    typer.echo(write_report(folder))
+
+
+@recipes_app.callback(invoke_without_command=True)
+def _recipes(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        list_recipes()
+
+
+@recipes_app.command(name="list", epilog="Example:\n\n\b\n  patarm-lite recipes list")
+def list_recipes() -> None:
+    """Name every shipped recipe with the first line of its header."""
+    from patarm_lite.recipe import shipped_recipes
+
+    shipped = shipped_recipes()
+    width = max(map(len, shipped), default=0)
+    for name, path in shipped.items():
+        header = path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
+        typer.echo(f"{name:{width}}  {header.removeprefix(f'{name}: ')}")
+
+
+@recipes_app.command(epilog="Example:\n\n\b\n  patarm-lite recipes show tiny")
+def show(name: Annotated[str, typer.Argument(metavar="NAME", help="A shipped recipe's name, or a YAML file.")]) -> None:
+    """Print the effective recipe: every key with its value and meaning."""
+    from patarm_lite.recipe import load_recipe
+
+    typer.echo(_commented_yaml(load_recipe(name)))
+
+
+@recipes_app.command(epilog="Example:\n\n\b\n  patarm-lite recipes copy tiny ./my-judge.yaml")
+def copy(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A shipped recipe's name, or a YAML file.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="The new YAML file.")],
+) -> None:
+    """Copy a recipe to edit. An existing file is never replaced."""
+    from patarm_lite.recipe import find_recipe
+
+    source = find_recipe(name)
+    if path.exists():
+        raise UserError(f"{path} exists already; give another PATH")
+    _write(path, source.read_text(encoding="utf-8"), force=False)
+    typer.echo(path)
+    typer.echo(f"next: patarm-lite train {shlex.quote(str(path))}", err=True)
+
+
+@recipes_app.command(epilog="Example:\n\n\b\n  patarm-lite recipes schema > recipe.schema.json")
+def schema() -> None:
+    """Print the JSON schema of a recipe, for editors."""
+    from patarm_lite.recipe import Recipe
+
+    typer.echo(json.dumps(Recipe.model_json_schema(), indent=2))
+
+
+def _go_offline() -> None:
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
+        os.environ[name] = "1"
+
+
+def _require(*modules: str) -> None:
+    """Raise the pip line of the first module that is not installed; imports nothing."""
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise missing_extra(EXTRA_OF[module], module)
+
+
+def _settings(
+    settings: Sequence[str], seed: int | None, pairs: Sequence[str], shuffle_labels: float | None, method: str | None
+) -> list[str]:
+    """`--set` values, then the flags that are short for one; the later wins.
+
+    >>> _settings(["grpo.lr=1e-4"], 2, ["a.jsonl"], None, None)
+    ['grpo.lr=1e-4', 'seed=2', 'data.pairs=["a.jsonl"]']
+    """
+    flags = {
+        "seed": seed,
+        "data.pairs": list(pairs) or None,
+        "data.shuffle_labels": shuffle_labels,
+        "method": method,
+    }
+    given = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in flags.items() if value is not None]
+    return [*settings, *given]
+
+
+def _default_out(recipe: Recipe) -> Path:
+    """runs/NAME-seedN, with what sets the run apart from the plain one.
+
+    >>> from patarm_lite.recipe import load_recipe
+    >>> _default_out(load_recipe("tiny", ["seed=2", "data.shuffle_labels=0.5"])).as_posix()
+    'runs/tiny-seed2-shuffled0.5'
+    """
+    parts = [recipe.name, f"seed{recipe.seed}"]
+    if recipe.method != "par":
+        parts.append(recipe.method)
+    if recipe.data.pairs:
+        parts.append("pairs")
+    if recipe.data.shuffle_labels:
+        parts.append(f"shuffled{recipe.data.shuffle_labels:g}")
+    return Path("runs") / "-".join(parts)
+
+
+def _run_folder(run: Path) -> Path:
+    if not run.exists():
+        raise UserError(f"run {run} not found; 'patarm-lite train' prints the folder it writes")
+    if not (run / "run.json").is_file():
+        raise UserError(
+            f"{run} is not a run folder (no run.json in it); give the folder that 'patarm-lite train' printed"
+        )
+    return run
+
+
+def _columns(mapping: str) -> dict[str, str]:
+    """
+    >>> _columns("prompt=question,chosen=good")
+    {'prompt': 'question', 'chosen': 'good'}
+    """
+    columns: dict[str, str] = {}
+    for part in filter(None, mapping.split(",")):
+        ours, found, column = part.partition("=")
+        if not found or not ours.strip() or not column.strip():
+            raise UserError(f"--map {part!r} is not OURS=COLUMN, e.g. --map prompt=question,chosen=good")
+        if ours.strip() in columns:
+            raise UserError(f"--map names {ours.strip()!r} twice; give each of our columns once")
+        columns[ours.strip()] = column.strip()
+    return columns
+
+
+def _refuse_existing(path: Path, force: bool) -> None:
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give a file")
+    if path.exists() and not force:
+        raise UserError(f"{path} exists already; give another place, or --force to replace it")
+
+
+def _write(path: Path, text: str, force: bool) -> None:
+    """Write a text file whole or not at all."""
+    _refuse_existing(path, force)
+    if not path.parent.exists():
+        raise UserError(f"folder {path.parent} does not exist; type: mkdir -p {shlex.quote(str(path.parent))}")
+    part = path.with_name(f"{path.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        if part.is_file():
+            part.unlink()
+        error.filename = str(path)
+        raise
+
+
+def _commented_yaml(recipe: Recipe) -> str:
+    """The recipe with defaults merged, one comment a key; reading it back gives the same recipe."""
+    import yaml
+    from pydantic import BaseModel
+
+    from patarm_lite.recipe import _Loader
+
+    class Dumper(yaml.SafeDumper):
+        """Quotes what the recipes' own loader would not read as text, such as '1e-5'."""
+
+        yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+    def lines(section: BaseModel, indent: str) -> list[str]:
+        written = []
+        for name, field in type(section).model_fields.items():
+            value = getattr(section, name)
+            if isinstance(value, BaseModel):
+                what = " ".join((type(value).__doc__ or "").split())
+                written += ["", f"{indent}{name}:  # {what}", *lines(value, indent + "  ")]
+            else:
+                text = yaml.dump(value, Dumper=Dumper, default_flow_style=True, width=1_000_000, allow_unicode=True)
+                written.append(f"{indent}{name}: {text.removesuffix('...' + chr(10)).strip()}  # {field.description}")
+        return written
+
+    return "\n".join(lines(recipe, ""))
+
+
+def _accuracy_table(found: Mapping[str, Any]) -> str:
+    """An evaluation as text: one line a row with its interval, then what stands beside accuracy.
+
+    >>> print(_accuracy_table({"n": 4, "votes": 2, "decoding": "free", "accuracy": 0.75, "low": 0.5, "high": 1,
+    ...     "ties": 0, "unreadable": 0.125, "rows": {"task=chat": {"n": 4, "accuracy": 0.75, "low": 0.5, "high": 1}}}))
+    decoding free, 2 votes a side
+    row            n  accuracy  95 % interval   ties
+    all            4     0.750  0.500 to 1.000  0.000
+    task=chat      4     0.750  0.500 to 1.000  -
+    unreadable 0.125
+    """
+    rows = {"all": found, **found.get("rows", {})}
+    width = max(10, *map(len, rows))
+
+    def number(row: Mapping[str, Any], key: str) -> str:
+        value = row.get(key)
+        return "-" if value is None else f"{value:.3f}"
+
+    text = [f"decoding {found.get('decoding', 'free')}, {found.get('votes', 1)} votes a side"]
+    text.append(f"{'row':{width}}  {'n':>4}  accuracy  95 % interval   {'ties':>4}")
+    for name, row in rows.items():
+        interval = f"{number(row, 'low')} to {number(row, 'high')}"
+        cells = [f"{row.get('n', '-'):>4}", f"{number(row, 'accuracy'):>8}", interval, number(row, "ties")]
+        text.append("  ".join([f"{name:{width}}", *cells]))
+    shown = {"n", "votes", "accuracy", "low", "high", "ties", "seed", "schema", "detection"}
+    beside = [key for key, value in found.items() if isinstance(value, int | float) and key not in shown]
+    text += [f"{key} {number(found, key)}" for key in beside]
+    return "\n".join(text)
