@@ -22,8 +22,8 @@ from typing import Any
 
 from patarm_lite.errors import UserError
 from patarm_lite.prompts import END_TOKEN, Protocol, segments
-from patarm_lite.records import TASKS, Criterion, JudgedPair, Pair, Rubric, Turn
 from patarm_lite.recipe import ArenaSection
+from patarm_lite.records import TASKS, Criterion, JudgedPair, Pair, Rubric, Turn
 
 COLORS = ("red", "blue", "green", "black", "white", "pink")
 ANIMALS = ("dog", "cat", "horse", "bird", "fish", "cow")

@@ -153,7 +153,8 @@ class Recipe(_Section):
         if self.grpo.per_device is not None and rollouts % self.grpo.per_device:
             raise ValueError(
                 f"grpo.per_device={self.grpo.per_device} does not divide the {rollouts} rollouts of a step "
-                f"(2 sides x n={self.grpo.n} x pairs_per_step={self.grpo.pairs_per_step}); choose a divisor of {rollouts}"
+                f"(2 sides x n={self.grpo.n} x pairs_per_step={self.grpo.pairs_per_step}); "
+                f"choose a divisor of {rollouts}"
             )
         if self.grpo.beta > 0:
             raise ValueError(

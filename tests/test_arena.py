@@ -166,5 +166,5 @@ def test_the_tiny_judge_has_the_parameters_that_its_shape_says() -> None:
 
 
 def test_a_judge_whose_heads_do_not_divide_its_size_is_refused() -> None:
-    with pytest.raises(UserError, match="model.heads=5"):
+    with pytest.raises(UserError, match=r"model\.heads=5"):
         arena.build_judge(arena.tiny_tokenizer(vocab=500), hidden=96, layers=1, heads=5, mlp=64, seed=1)

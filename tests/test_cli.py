@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from patarm_lite.cli import main
+from patarm_lite.recipe import _Loader
 
 ROOT = Path(__file__).resolve().parent.parent
 VERBS = [
@@ -296,9 +297,12 @@ def test_a_base_install_shows_recipes_and_pairs() -> None:
 def test_an_existing_output_is_refused_and_left_as_it_was(refused: Callable[..., str]) -> None:
     Path("out").mkdir()
     Path("out/precious.txt").write_text("mine")
+    for force in ([], ["--force"]):
+        assert "out is a folder that holds something else" in refused("train", "smoke", "-o", "out", *force)
+    Path("out/run.json").write_text("{}")
     line = refused("train", "smoke", "-o", "out")
-    assert "out" in line and "--force" in line
-    assert os.listdir() == ["out"] and os.listdir("out") == ["precious.txt"]
+    assert "out holds a run already" in line and "--force" in line and "--resume out" in line
+    assert os.listdir() == ["out"] and sorted(os.listdir("out")) == ["precious.txt", "run.json"]
     assert Path("out/precious.txt").read_text() == "mine"
 
 
@@ -443,7 +447,7 @@ sys.exit(main(["recipes", "copy", "tiny", "mine.yaml"]))
 
 def test_the_schema_takes_shipped_recipes_and_refuses_an_unknown_key(typed: Type) -> None:
     schema = json.loads(typed("recipes", "schema")[1])
-    recipe = yaml.safe_load((ROOT / "recipes" / "tiny.yaml").read_text())
+    recipe = yaml.load((ROOT / "recipes" / "tiny.yaml").read_text(), Loader=_Loader)  # noqa: S506 (safe; 4e-3 is a number)
     jsonschema.validate(recipe, schema)
     with pytest.raises(jsonschema.ValidationError, match="stepps"):
         jsonschema.validate({**recipe, "grpo": {"stepps": 3}}, schema)

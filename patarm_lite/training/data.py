@@ -78,8 +78,8 @@ def fit_pairs(
     heldout, long_heldout = drop_long(pairs.heldout, length, limit)
     if not train or not heldout:
         raise UserError(
-            f"after the limit of data.max_prompt_tokens={limit} tokens {len(train)} training and {len(heldout)} held-out "
-            f"pairs are left ({len(long_train) + len(long_heldout)} were longer); raise the limit"
+            f"after the limit of data.max_prompt_tokens={limit} tokens {len(train)} training and {len(heldout)} "
+            f"held-out pairs are left ({len(long_train) + len(long_heldout)} were longer); raise the limit"
         )
     if recipe.data.balance:
         train = balance(train, recipe.data.balance, recipe.seed)

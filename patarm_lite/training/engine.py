@@ -7,6 +7,7 @@ An engine loads a judge, puts an adapter on it, names the trainer classes to bui
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any, Protocol
@@ -101,6 +102,7 @@ def choose_engine(recipe: Recipe) -> Engine:
     Raises:
         UserError: the training extra is missing, or the recipe needs a GPU and there is none.
     """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says on import that it has no CPU kernel: it needs none
     try:
         import torch
         import trl  # noqa: F401
@@ -133,6 +135,11 @@ def save_judge(model: Any, tokenizer: Any, protocol: PromptProtocol, rubric: str
 def load_protocol(folder: Path) -> tuple[PromptProtocol, str]:
     """The protocol a judge's folder was trained with, and which primary rubrics ('arena' or 'standard')."""
     path = folder / PROTOCOL_FILE
+    if (folder / "scalar.json").is_file():
+        raise UserError(
+            f"{folder} is a scalar head (method scalar): it gives a number and writes no judgements, so there is "
+            "nothing to evaluate here; its accuracy is in summary.json beside it"
+        )
     if not path.is_file():
         raise UserError(f"{folder} holds no {PROTOCOL_FILE}: not a judge of patarm-lite")
     data = json.loads(path.read_text(encoding="utf-8"))

@@ -10,8 +10,8 @@ from patarm_lite import arena
 from patarm_lite.errors import UserError
 from patarm_lite.metrics import expected_score, row_to_pair, summarise
 from patarm_lite.prompts import Encoder, decode_judgement
-from patarm_lite.records import JudgedPair, Pair, Rubric, Vote
 from patarm_lite.recipe import Recipe, load_recipe
+from patarm_lite.records import JudgedPair, Pair, Rubric, Vote
 from patarm_lite.rubrics import primary_rubric
 from patarm_lite.training.engine import choose_engine, load_protocol
 from patarm_lite.training.run_folder import RunFolder, read_lines
@@ -43,7 +43,10 @@ class Sampler:
         temperature: float = 1.0,
         progress: Progress | None = None,
     ) -> list[tuple[Vote, ...]]:
-        """k votes for each prompt (token ids), in the order given. Deterministic for one seed, batch size and machine."""
+        """k votes for each prompt (token ids), in the order given.
+
+        Deterministic for one seed, batch size, thread count and machine.
+        """
         import torch
 
         torch.manual_seed(seed)
@@ -106,13 +109,14 @@ class Sampler:
             }
             rows = [[*prompts[i], *completions[i][:end], self._digits[1]] for i, end in ends.items()]
             measured = dict(zip(ends, self._expected(rows), strict=True)) if rows else {}
-        return [
-            Vote(verdict, text, *measured.get(i, (None, None)), tokens=len(completions[i]))
-            for i, (verdict, (text, _)) in enumerate(zip(verdicts, texts, strict=True))
-        ]
+        votes = []
+        for i, (verdict, (text, _)) in enumerate(zip(verdicts, texts, strict=True)):
+            score, mass = measured.get(i, (None, None))
+            votes.append(Vote(verdict, text, score, mass, len(completions[i])))
+        return votes
 
     def _expected(self, rows: Sequence[list[int]]) -> list[tuple[float | None, float]]:
-        """Expected score and digit mass for rows that end with `<score>` and a "1": one forward pass for both positions."""
+        """Expected score and digit mass for rows that end with `<score>` and a "1": one forward pass for both."""
         import torch
 
         ids, mask = self._padded(rows)

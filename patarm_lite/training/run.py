@@ -14,6 +14,7 @@ import shlex
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -51,7 +52,7 @@ from patarm_lite.training.run_folder import (
     write_lines,
     write_text,
 )
-from patarm_lite.training.watch import Doomed, StopSignal, callback
+from patarm_lite.training.watch import Doomed, StopSignal, callback, go_on
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "bitsandbytes", "numpy")
 SAMPLES_EVERY = 10
@@ -213,6 +214,7 @@ def _run(folder: RunFolder, recipe: Recipe, engine: Engine, pairs: RunPairs) -> 
 
     torch.set_num_threads(recipe.threads or _threads())
     transformers.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")  # of its own old names
     transformers.utils.logging.disable_progress_bar()
     import datasets
 
@@ -232,7 +234,7 @@ def _run(folder: RunFolder, recipe: Recipe, engine: Engine, pairs: RunPairs) -> 
                 before = _evaluate(context, "before")
                 stop.check()
                 _method(context)
-                after = _evaluate(context, "after")
+                after = _after(context)
         except KeyboardInterrupt:
             folder.note(status="interrupted")
             sys.stderr.write(f"stopped; go on with: patarm-lite train --resume {shlex.quote(str(folder.path))}\n")
@@ -360,7 +362,7 @@ def _fit(context: Context, trainer: Any, watch: Any, checkpoint: Path | None) ->
     from transformers.trainer_callback import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    go_on(trainer, checkpoint)
     context.stop.check()
     if watch.cause is not None:
         raise UserError(f"this run can't learn and was stopped: {watch.cause}")
@@ -429,6 +431,15 @@ def _method(context: Context) -> None:
     shutil.rmtree(context.folder / "checkpoints" / stage, ignore_errors=True)
 
 
+def _after(context: Context) -> dict[str, Any]:
+    """The summary of the trained judge. A scalar head writes no judgements, so none are read."""
+    if context.recipe.method == "scalar":
+        from patarm_lite.training.scalar import scalar_summary
+
+        return scalar_summary(context)
+    return summary_of(_evaluate(context, "after"))
+
+
 def grpo(context: Context) -> None:
     """GRPO with PAR on the context's model."""
     recipe, settings, folder = context.recipe, context.recipe.grpo, context.folder
@@ -489,7 +500,7 @@ def _words(row: dict[str, Any]) -> str:
     )
 
 
-def _finish(context: Context, before: list[JudgedPair], after: list[JudgedPair]) -> None:
+def _finish(context: Context, before: list[JudgedPair], after: dict[str, Any]) -> None:
     folder, recipe = context.folder, context.recipe
     about = folder.about()
     stages = about.get("stages", {})
@@ -506,11 +517,11 @@ def _finish(context: Context, before: list[JudgedPair], after: list[JudgedPair])
             "parameters": about["parameters"],
             "data": about["data"],
             "heldout": {
-                "n": len(after),
+                "n": len(before),
                 "decoding": "free",
                 "votes": recipe.eval.votes,
                 "before": summary_of(before),
-                "after": summary_of(after),
+                "after": after,
             },
         },
     )

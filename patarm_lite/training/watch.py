@@ -11,7 +11,7 @@ from types import FrameType
 from typing import Any
 
 from patarm_lite.recipe import GrpoSection
-from patarm_lite.training.run_folder import RunFolder, mark_complete
+from patarm_lite.training.run_folder import RunFolder, checkpoint_step, mark_complete
 
 
 class Interrupted(KeyboardInterrupt):
@@ -119,6 +119,17 @@ class Doomed:
                 "data.filter_votes=4"
             )
         return None
+
+
+def go_on(trainer: Any, checkpoint: Path | None) -> None:
+    """Train from a checkpoint, or from the beginning; a checkpoint of the last step is only loaded.
+
+    transformers' Trainer would take a step more from it, wherever the last step does not end an epoch.
+    """
+    if checkpoint_step(checkpoint) >= trainer.args.max_steps:
+        trainer._load_from_checkpoint(str(checkpoint))
+    else:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
 
 def callback(
