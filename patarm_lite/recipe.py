@@ -160,6 +160,20 @@ class Recipe(_Section):
             raise ValueError(
                 "grpo.beta must be 0: the reference would be the judge before SFT; merge SFT into the base first"
             )
+        if self.data.filter_votes == 1:
+            raise ValueError(
+                "data.filter_votes=1 makes one comparison a pair, which is right or not, so every pair would be dead; "
+                "give at least 2, better 4"
+            )
+        if self.method == "scalar" and self.model.tuning != "full":
+            raise ValueError(
+                f"method scalar trains every weight, but model.tuning is {self.model.tuning}; set model.tuning=full"
+            )
+        if self.method == "sft" and self.sft.source in ("rejection", "none"):
+            raise ValueError(
+                f"method sft goes on with the cold start's judgements, and sft.source={self.sft.source} has none to go "
+                "on with; use method=rejection, or sft.source=file"
+            )
         if self.sft.source == "file" and not self.sft.file:
             raise ValueError("sft.source is 'file' but sft.file names none")
         return self

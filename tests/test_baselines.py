@@ -356,14 +356,9 @@ def test_a_saved_scalar_head_gives_the_scores_it_was_evaluated_with(tmp_path: Pa
     assert found == pytest.approx(stated, abs=1e-4)
 
 
-def test_a_scalar_head_refuses_an_adapter(start: Path) -> None:
-    from patarm_lite.training.run_folder import RunFolder
-    from patarm_lite.training.scalar import train_scalar
-
-    context = judge_of(start, recipe(method="scalar"), RunFolder(start), [])
-    context.recipe.model.tuning = "lora"
+def test_a_scalar_head_refuses_an_adapter() -> None:
     with pytest.raises(UserError, match=r"model\.tuning is lora"):
-        train_scalar(context, "scalar")
+        recipe(method="scalar", model__tuning="lora")
 
 
 def test_a_cold_start_by_rejection_learns_from_the_bases_own_agreeing_judgements(tmp_path: Path, start: Path) -> None:

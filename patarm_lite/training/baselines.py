@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from patarm_lite import arena
-from patarm_lite.errors import UserError
 from patarm_lite.training import run, sft
 from patarm_lite.training.data import file_examples
 from patarm_lite.training.run_folder import checkpoint_step, last_checkpoint
@@ -124,15 +123,11 @@ def train_stage(
         data_collator=collate,
         callbacks=[watch],
     )
-    run._fit(context, made, watch, checkpoint)
+    run.fit(context, made, watch, checkpoint)
 
 
 def more_sft(context: run.Context, stage: str) -> None:
-    """Go on with the cold start: fresh judgements of the arena's teacher, or the file's once more in a new order.
-
-    Raises:
-        UserError: the cold start's source can't be gone on with.
-    """
+    """Go on with the cold start: fresh judgements of the arena's teacher, or the file's once more in a new order."""
     began = time.monotonic()
     settings = context.recipe.sft
     row = _fresh(context) if settings.source == "arena" else _again(context)
@@ -170,11 +165,6 @@ def _fresh(context: run.Context) -> Callable[[int], sft.Example]:
 
 def _again(context: run.Context) -> Callable[[int], sft.Example]:
     recipe = context.recipe
-    if recipe.sft.source != "file":
-        raise UserError(
-            f"method sft goes on with the cold start's judgements, and sft.source={recipe.sft.source} has none to go "
-            "on with; use method=rejection, or sft.source=file"
-        )
     limit = recipe.data.max_prompt_tokens
     examples, _ = file_examples(Path(str(recipe.sft.file)), context.encoder, context.rubric, limit)
     at = endless_order(len(examples), f"more sft {recipe.seed}")

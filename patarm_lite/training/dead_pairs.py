@@ -43,14 +43,9 @@ def filter_dead_pairs(context: Context) -> None:
     """Take the dead pairs out of the context's training pairs. They are found once: a resumed run reads the file.
 
     Raises:
-        UserError: fewer than 2 votes, every pair is dead, or the file is of other pairs.
+        UserError: every pair is dead, or the file is of other pairs.
     """
     path, votes = context.folder / FILE, context.recipe.data.filter_votes
-    if votes < 2:
-        raise UserError(
-            f"data.filter_votes={votes} makes one comparison a pair, which is right or not, so every pair would be "
-            "dead; give at least 2, better 4"
-        )
     if not path.is_file():
         with context.timed("filter"):
             write_lines(path, _judge(context))

@@ -355,10 +355,11 @@ def fine_tune(
         data_collator=sft.collate,
         callbacks=[watch],
     )
-    _fit(context, trainer, watch, checkpoint)
+    fit(context, trainer, watch, checkpoint)
 
 
-def _fit(context: Context, trainer: Any, watch: Any, checkpoint: Path | None) -> None:
+def fit(context: Context, trainer: Any, watch: Any, checkpoint: Path | None) -> None:
+    """Train to the end of a stage, or to where it was asked to stop, and say so."""
     from transformers.trainer_callback import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
@@ -483,7 +484,7 @@ def grpo(context: Context) -> None:
 
     trainer.on_rollouts = keep
     folder.note(epochs=epochs_of(settings.steps, settings.pairs_per_step, len(pairs)))
-    _fit(context, trainer, watch, checkpoint)
+    fit(context, trainer, watch, checkpoint)
 
 
 def _sample(step: int, row: dict[str, Any], pair: Pair) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from patarm_lite.errors import UserError
 from patarm_lite.metrics import summarise
 from patarm_lite.prompts import Protocol
 from patarm_lite.records import JudgedPair, Pair, Verdict, Vote
@@ -105,17 +104,9 @@ def scores_of(model: Any, prompts: Sequence[list[int]], pad: int, batch_size: in
 
 
 def train_scalar(context: Context, stage: str) -> None:
-    """Put a head on the cold-started judge and train both; the context's model becomes the scalar head.
-
-    Raises:
-        UserError: the recipe trains an adapter.
-    """
+    """Put a head on the cold-started judge and train both; the context's model becomes the scalar head."""
     began = time.monotonic()
     recipe = context.recipe
-    if recipe.model.tuning != "full":
-        raise UserError(
-            f"method scalar trains every weight, but model.tuning is {recipe.model.tuning}; use --set model.tuning=full"
-        )
     encoder, pad = context.encoder, context.tokenizer.pad_token_id
     context.model = scalar_head(context.folder / "sft", recipe.seed, context.model.dtype, pad)
     pairs = [PromptPair(*encoder.pair_ids(pair, context.rubric(pair.task))) for pair in context.train]
