@@ -485,8 +485,8 @@ def _commented_yaml(recipe: Recipe) -> str:
 def _accuracy_table(found: Mapping[str, Any]) -> str:
     """An evaluation as text: one line a row with its interval, then what stands beside accuracy.
 
-    >>> print(_accuracy_table({"n": 4, "votes": 2, "decoding": "free", "accuracy": 0.75, "low": 0.5, "high": 1,
-    ...     "ties": 0, "unreadable": 0.125, "rows": {"task=chat": {"n": 4, "accuracy": 0.75, "low": 0.5, "high": 1}}}))
+    >>> print(_accuracy_table({"n": 4, "votes": 2, "decoding": "free", "accuracy": 0.75, "low": 0.5, "high": 1.0,
+    ...     "ties": 0.0, "unreadable": 0.125, "rows": {"task=chat": {"n": 4, "accuracy": 0.75, "low": 0.5, "high": 1.0}}}))
     decoding free, 2 votes a side
     row            n  accuracy  95 % interval   ties
     all            4     0.750  0.500 to 1.000  0.000
@@ -498,7 +498,7 @@ def _accuracy_table(found: Mapping[str, Any]) -> str:
 
     def number(row: Mapping[str, Any], key: str) -> str:
         value = row.get(key)
-        return "-" if value is None else f"{value:.3f}"
+        return "-" if value is None else str(value) if isinstance(value, int) else f"{value:.3f}"
 
     text = [f"decoding {found.get('decoding', 'free')}, {found.get('votes', 1)} votes a side"]
     text.append(f"{'row':{width}}  {'n':>4}  accuracy  95 % interval   {'ties':>4}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import warnings
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -116,6 +117,25 @@ def choose_engine(recipe: Recipe) -> Engine:
     if recipe.engine == "unsloth":
         raise UserError("engine 'unsloth' is not in this version; use --set engine=transformers")
     return TransformersEngine()
+
+
+def free_cores() -> int:
+    """Threads worth using: the cores this process may run on, at most 4."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(4, cores))
+
+
+def prepare_libraries(threads: int | None) -> None:
+    """Set torch's threads and keep the libraries' own progress bars and old-name warnings off stderr."""
+    import datasets
+    import torch
+    import transformers
+
+    torch.set_num_threads(threads or free_cores())
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+    datasets.disable_progress_bars()
 
 
 def save_judge(model: Any, tokenizer: Any, protocol: PromptProtocol, rubric: str, folder: Path) -> None:

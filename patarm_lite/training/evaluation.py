@@ -13,7 +13,7 @@ from patarm_lite.prompts import Encoder, decode_judgement
 from patarm_lite.recipe import Recipe, load_recipe
 from patarm_lite.records import JudgedPair, Pair, Rubric, Vote
 from patarm_lite.rubrics import primary_rubric
-from patarm_lite.training.engine import choose_engine, load_protocol
+from patarm_lite.training.engine import choose_engine, load_protocol, prepare_libraries
 from patarm_lite.training.run_folder import RunFolder, read_lines
 from patarm_lite.training.watch import Progress
 from patarm_lite.verdicts import parse
@@ -193,5 +193,7 @@ def evaluate_run(run: Path, pairs: Sequence[str], votes: int | None, seed: int) 
 def open_judge(folder: Path, recipe: Recipe) -> tuple[Encoder, Any, Any, Callable[[str], Rubric]]:
     """(encoder, model, tokenizer, task -> primary rubric) of a judge's folder."""
     protocol, kind = load_protocol(folder)
-    model, tokenizer = choose_engine(recipe).load(str(folder), recipe.model)
+    engine = choose_engine(recipe)
+    prepare_libraries(recipe.threads)
+    model, tokenizer = engine.load(str(folder), recipe.model)
     return Encoder.from_tokenizer(tokenizer, protocol), model, tokenizer, rubric_for(kind)

@@ -14,7 +14,6 @@ import shlex
 import shutil
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -31,7 +30,7 @@ from patarm_lite.recipe import Recipe, load_recipe
 from patarm_lite.records import JudgedPair, Pair, Rubric
 from patarm_lite.training import sft
 from patarm_lite.training.data import RunPairs, arena_examples, file_examples, fit_pairs, load_run_pairs
-from patarm_lite.training.engine import Engine, choose_engine, save_judge
+from patarm_lite.training.engine import Engine, choose_engine, free_cores, prepare_libraries, save_judge
 from patarm_lite.training.evaluation import Sampler, judge_pairs, rubric_for, summary_of
 from patarm_lite.training.grpo import (
     ParReward,
@@ -139,7 +138,7 @@ def train(recipe: Recipe, out: Path, force: bool = False, offline: bool = False,
         command=command,
         offline=offline,
         versions=_versions(),
-        machine={"processor": platform.machine(), "cores": os.cpu_count(), "threads": recipe.threads or _threads()},
+        machine={"processor": platform.machine(), "cores": os.cpu_count(), "threads": recipe.threads or free_cores()},
     )
     return _run(folder, recipe, engine, pairs)
 
@@ -204,21 +203,8 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _threads() -> int:
-    return max(1, min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
-
-
 def _run(folder: RunFolder, recipe: Recipe, engine: Engine, pairs: RunPairs) -> Path:
-    import torch
-    import transformers
-
-    torch.set_num_threads(recipe.threads or _threads())
-    transformers.logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")  # of its own old names
-    transformers.utils.logging.disable_progress_bar()
-    import datasets
-
-    datasets.disable_progress_bars()
+    prepare_libraries(recipe.threads)
     with StopSignal() as stop:
         context = Context(folder, recipe, engine, stop, rubric_for(recipe.protocol.rubric), pairs)
         _describe(context)
