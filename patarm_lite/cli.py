@@ -485,8 +485,8 @@ def _commented_yaml(recipe: Recipe) -> str:
 def _accuracy_table(found: Mapping[str, Any]) -> str:
     """An evaluation as text: one line a row with its interval, then what stands beside accuracy.
 
-    >>> print(_accuracy_table({"n": 4, "votes": 2, "decoding": "free", "accuracy": 0.75, "low": 0.5, "high": 1.0,
-    ...     "ties": 0.0, "unreadable": 0.125, "rows": {"task=chat": {"n": 4, "accuracy": 0.75, "low": 0.5, "high": 1.0}}}))
+    >>> row = {"n": 4, "accuracy": 0.75, "low": 0.5, "high": 1.0}
+    >>> print(_accuracy_table({**row, "votes": 2, "ties": 0.0, "unreadable": 0.125, "rows": {"task=chat": row}}))
     decoding free, 2 votes a side
     row            n  accuracy  95 % interval   ties
     all            4     0.750  0.500 to 1.000  0.000
