@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
+import json
 import multiprocessing
 import os
 import sys
@@ -104,7 +106,21 @@ class Command:
         return self.err.read_text(encoding="utf-8")
 
 
+PRELOADED = [
+    "matplotlib.backends.backend_svg",
+    "patarm_lite.cli",
+    "patarm_lite.report",
+    "patarm_lite.training.run",
+    "peft",
+    "transformers.models.qwen3.modeling_qwen3",
+    "transformers.trainer",
+    "trl.trainer.grpo_trainer",
+]
+"""What a training command imports: loaded once, in the server."""
+
+
 def _run_command(arguments: list[str], out: Path, err: Path, largest_file: int | None) -> None:
+    gc.freeze()  # the server's modules need not be searched for garbage again and again
     for number, path in ((1, out), (2, err)):
         with path.open("wb") as file:
             os.dup2(file.fileno(), number)
@@ -123,7 +139,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Command]:
     pytest.importorskip("trl")
     logs = tmp_path_factory.mktemp("logs")
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["patarm_lite.cli", "trl.trainer.grpo_trainer", "transformers.trainer", "peft"])
+    server.set_forkserver_preload(PRELOADED)
     count = itertools.count()
 
     def start(*arguments: object, largest_file: int | None = None) -> Command:
@@ -233,3 +249,27 @@ def little_trainer(
     trainer.remove_callback(PrinterCallback)
     trainer.par = par
     return Little(trainer, calls, prompts, recipe, encoder.end_id, tokenizer.pad_token_id)
+
+
+def train_as_rank(out: Path) -> None:
+    """Four GRPO steps as one of several processes (RANK and the rest are in the environment, as torchrun sets them).
+
+    Writes `rank<N>.json`: number of processes, their backend, and (pairs, completion ids) of every reward call.
+    """
+    import torch.distributed as dist
+
+    grpo = {"max_completion_tokens": 8, "steps": 4, "per_device": 4}
+    little = little_trainer(out, pairs=5, grpo=grpo, config={"ddp_backend": "gloo"})
+    little.trainer.train()
+    found = [[call.order(), call.completion_ids] for call in little.calls]
+    text = json.dumps([dist.get_world_size(), dist.get_backend(), found])
+    (out / f"rank{dist.get_rank()}.json").write_text(text)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def train_as_forked_rank(rank: int, port: int, out: Path) -> None:
+    """The same in a process of the server, which holds the libraries already."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in place.items()}, MASTER_ADDR="127.0.0.1")
+    train_as_rank(out)

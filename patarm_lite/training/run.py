@@ -28,6 +28,7 @@ from patarm_lite.metrics import judged_to_rows, pair_to_row, rows_to_judged
 from patarm_lite.prompts import Encoder, Protocol, decode_judgement
 from patarm_lite.recipe import Recipe, load_recipe
 from patarm_lite.records import JudgedPair, Pair, Rubric
+from patarm_lite.report import write_report
 from patarm_lite.training import sft
 from patarm_lite.training.data import RunPairs, arena_examples, file_examples, fit_pairs, load_run_pairs
 from patarm_lite.training.engine import Engine, choose_engine, free_cores, prepare_libraries, save_judge
@@ -152,6 +153,8 @@ def resume(run: Path) -> Path:
     folder = RunFolder.open(run)
     recipe = load_recipe(str(folder / "recipe.yaml"))
     if folder.about().get("status") == "done":
+        if not (folder / "report.html").is_file():  # killed while it was written
+            write_report(run)
         sys.stderr.write(f"{run} is finished; see {run}/report.html\n")
         return run
     engine = choose_engine(recipe)
@@ -253,6 +256,8 @@ def _load_start(context: Context) -> None:
         return
     if recipe.model.base != "arena":
         loaded, context.tokenizer = _load(context, recipe.model.base)
+        commit = getattr(loaded.config, "_commit_hash", None)  # what `revision` stood for; None for a local folder
+        context.folder.note(base={"name": recipe.model.base, "revision": recipe.model.revision, "commit": commit})
         context.model = context.engine.adapt(loaded, recipe.model, recipe.seed)
         return
     texts = arena.protocol_texts(recipe.arena, context.protocol, recipe.seed)
@@ -514,7 +519,5 @@ def _finish(context: Context, before: list[JudgedPair], after: dict[str, Any]) -
     )
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     folder.note(status="done")
-    from patarm_lite.report import write_report
-
     write_report(folder.path)
     sys.stderr.write(f"done: {folder.path}/report.html\nnext: patarm-lite eval {folder.path} --pairs FILE\n")
