@@ -54,7 +54,7 @@ def line(label: str, summary: dict[str, Any]) -> str:
         f"{before['spearman_quality']:.2f} → {after['spearman_quality']:.2f}",
         f"{before['spearman_length']:.2f} → {after['spearman_length']:.2f}",
         f"{before['detection_mean']:.3f} → {after['detection_mean']:.3f}",
-        f"{after['named_right']:.3f}",
+        f"{after['named_asked']:.3f} ({after['named_all']:.3f})",
         minutes,
     ]
     return "| " + " | ".join(cells) + " |"
@@ -70,7 +70,7 @@ HEAD = [
     "Spearman quality",
     "Spearman length",
     "findings true",
-    "criteria right",
+    "names only criteria asked (all of them)",
     "minutes: SFT + GRPO + evaluation",
 ]
 

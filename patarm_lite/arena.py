@@ -353,11 +353,12 @@ def truth_of_findings(judged: Sequence[JudgedPair]) -> dict[str, Any]:
 
     Returns:
         `detection`: criterion -> share of its findings (yes or no) that are true, where it was asked and named;
-        `detection_mean`: mean over criteria; `named_right`: share of readable judgements whose rubric names exactly
-        the criteria that the prompt asks for.
+        `detection_mean`: mean over criteria; `named_asked`: share of readable judgements whose rubric names criteria
+        that the prompt asks for and no other; `named_all`: the same, and none of them is left out.
     """
     right: dict[str, list[bool]] = {name: [] for name in CHECKS}
-    named = []
+    named: list[set[str]] = []
+    wanted: list[set[str]] = []
     for item in judged:
         asked = set(item.pair.meta["criteria"])
         for response, votes in ((item.pair.chosen, item.chosen), (item.pair.rejected, item.rejected)):
@@ -365,7 +366,8 @@ def truth_of_findings(judged: Sequence[JudgedPair]) -> dict[str, Any]:
             for vote in votes:
                 if vote.verdict.score is None:
                     continue
-                named.append({criterion.name for criterion in vote.verdict.rubric} == asked)
+                named.append({criterion.name for criterion in vote.verdict.rubric})
+                wanted.append(asked)
                 for line in vote.verdict.criterion_scores:
                     if line.name in asked:
                         right[line.name].append(
@@ -375,7 +377,8 @@ def truth_of_findings(judged: Sequence[JudgedPair]) -> dict[str, Any]:
     return {
         "detection": detection,
         "detection_mean": sum(detection.values()) / len(detection) if detection else None,
-        "named_right": sum(named) / len(named) if named else None,
+        "named_asked": sum(bool(n) and n <= a for n, a in zip(named, wanted, strict=True)) / max(1, len(named)),
+        "named_all": sum(n == a for n, a in zip(named, wanted, strict=True)) / max(1, len(named)),
     }
 
 

@@ -367,7 +367,8 @@ def _table_of_measures(run: _Run) -> str:
         ("Rank correlation with response length", "spearman_length", _number),
         ("Tokens in a judgement, mean", "tokens_mean", lambda value: _number(value, 1)),
         ("Findings that are true, mean over criteria", "detection_mean", _number),
-        ("Judgements naming the criteria asked", "named_right", _percent),
+        ("Judgements naming only criteria asked", "named_asked", _percent),
+        ("Judgements naming all criteria asked", "named_all", _percent),
     ]
     rows = []
     for label, key, show in measures:
@@ -396,7 +397,7 @@ def _difference(values: Sequence[Any], digits: int = 3) -> str:
 def _change(run: _Run, key: str, values: Sequence[Any]) -> str:
     if not all(_is_number(value) for value in values):
         return NOTHING
-    if key in ("ties", "unreadable", "faulty", "named_right"):
+    if key in ("ties", "unreadable", "faulty", "named_asked", "named_all"):
         return _beside(_signed(100 * (values[1] - values[0]), 1) + " points", "")
     change = _signed(values[1] - values[0], 1 if key == "tokens_mean" else 3)
     kind: metrics.ScoreKind | None = (

@@ -134,7 +134,8 @@ def test_truth_of_findings_counts_what_was_written_against_the_checks() -> None:
     found = arena.truth_of_findings([JudgedPair(pair, chosen, rejected), JudgedPair(pair, unreadable, unreadable)])
     assert found["detection"] == {"color": 1.0, "bang": 0.5, "so": 1.0}
     assert found["detection_mean"] == pytest.approx(2.5 / 3)
-    assert found["named_right"] == 0.5
+    assert found["named_asked"] == 1.0  # the second left one out but invented none
+    assert found["named_all"] == 0.5
 
 
 def test_the_tiny_tokenizer_is_shaped_like_qwens() -> None:
