@@ -15,8 +15,7 @@ from conftest import Command, little_recipe, write_recipe
 from patarm_lite import arena
 from patarm_lite.errors import UserError
 from patarm_lite.prompts import Protocol
-from patarm_lite.training.engine import TransformersEngine, choose_engine, load_protocol, save_judge
-from patarm_lite.training.grpo import settle
+from patarm_lite.training.engine import TransformersEngine, choose_engine, load_protocol, save_judge, settle
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")

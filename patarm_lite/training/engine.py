@@ -59,9 +59,10 @@ class TransformersEngine:
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, **_revision(options))
             loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False, **options)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise UserError(f"model {folder!r} can't be loaded: {' '.join(str(error).split())[:300]}") from None
         tokenizer.padding_side = "left"
+        settle(loaded)
         return loaded, tokenizer
 
     def _load_adapter(self, folder: Path, model: ModelSection) -> tuple[Any, Any]:
@@ -117,6 +118,26 @@ def choose_engine(recipe: Recipe) -> Engine:
     if recipe.engine == "unsloth":
         raise UserError("engine 'unsloth' is not in this version; use --set engine=transformers")
     return TransformersEngine()
+
+
+def settle(model: Any) -> None:
+    """Make a loaded judge answer by our settings alone, and the same way for as long as it is loaded.
+
+    What a base says of sampling (Qwen's checkpoints: temperature 0.6, top_k 20, top_p 0.95) is dropped, its special
+    tokens are kept: transformers fills in from it whatever a call of `generate` leaves open, `min_p` in TRL's for one.
+    bitsandbytes is kept from repacking 4-bit weights on a CPU: it does so in the first pass without gradients and
+    rounds their scales, so that what a judge answers would depend on whether it had been evaluated before.
+    """
+    from transformers import GenerationConfig
+
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+    own = model.generation_config
+    model.generation_config = GenerationConfig(
+        bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
+    )
 
 
 def free_cores() -> int:

@@ -17,6 +17,7 @@ from patarm_lite.errors import UserError
 from patarm_lite.par import format_reward, preference_rewards
 from patarm_lite.recipe import GrpoSection, Recipe
 from patarm_lite.records import Verdict
+from patarm_lite.training.engine import settle
 from patarm_lite.verdicts import parse
 
 
@@ -283,26 +284,6 @@ def row_dataset(prompts: Sequence[tuple[list[int], list[int]]]) -> Any:
             rows["pair"].append(number)
             rows["side"].append(side)
     return Dataset.from_dict(rows)
-
-
-def settle(model: Any) -> None:
-    """Make a loaded judge answer by our settings alone, and the same way for as long as it is loaded.
-
-    What a base says of sampling (Qwen's checkpoints: temperature 0.6, top_k 20, top_p 0.95) is dropped, its special
-    tokens are kept: transformers fills in from it whatever a call of `generate` leaves open, `min_p` in TRL's for one.
-    bitsandbytes is kept from repacking 4-bit weights on a CPU: it does so in the first pass without gradients and
-    rounds their scales, so that what a judge answers would depend on whether it had been evaluated before.
-    """
-    from transformers import GenerationConfig
-
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-
-    own = model.generation_config
-    model.generation_config = GenerationConfig(
-        bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
-    )
 
 
 def trainer_class(base: type) -> type:

@@ -38,7 +38,6 @@ from patarm_lite.training.grpo import (
     epochs_of,
     grpo_config,
     row_dataset,
-    settle,
     trainer_class,
 )
 from patarm_lite.training.run_folder import (
@@ -252,10 +251,12 @@ def _load_start(context: Context) -> None:
     recipe = context.recipe
     if (context.folder / "sft").is_dir() or recipe.sft.init is not None:
         start = context.folder / "sft" if (context.folder / "sft").is_dir() else Path(str(recipe.sft.init)) / "sft"
-        context.model, context.tokenizer = _load(context, str(start))
+        context.model, context.tokenizer = context.engine.load(str(start), recipe.model)
         return
     if recipe.model.base != "arena":
-        loaded, context.tokenizer = _load(context, recipe.model.base)
+        here = Path(recipe.model.base)  # an adapter remembers its base's path: it must hold from any folder
+        name = str(here.resolve()) if here.exists() else recipe.model.base
+        loaded, context.tokenizer = context.engine.load(name, recipe.model)
         commit = getattr(loaded.config, "_commit_hash", None)  # what `revision` stood for; None for a local folder
         context.folder.note(base={"name": recipe.model.base, "revision": recipe.model.revision, "commit": commit})
         context.model = context.engine.adapt(loaded, recipe.model, recipe.seed)
@@ -276,12 +277,6 @@ def _load_start(context: Context) -> None:
         mlp=section.mlp,
         seed=recipe.seed,
     )
-
-
-def _load(context: Context, folder: str) -> tuple[Any, Any]:
-    model, tokenizer = context.engine.load(folder, context.recipe.model)
-    settle(model)
-    return model, tokenizer
 
 
 def _prepare_pairs(context: Context) -> None:
@@ -405,7 +400,7 @@ def _method(context: Context) -> None:
         context.model = scalar.load_scalar(target)
         return
     if target.is_dir():
-        context.model, context.tokenizer = _load(context, str(target))
+        context.model, context.tokenizer = context.engine.load(str(target), context.recipe.model)
         return
     # 'sft' is the cold start's stage: its metrics and checkpoints must not be taken for the method's
     stage = {"par": "grpo", "sft": "more_sft"}.get(method, method)
