@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,10 @@ from patarm_lite.verdicts import parse
 
 @dataclass(frozen=True)
 class RunPairs:
-    """Pairs of a run before the token limit, and what was left out so far (reason -> rows)."""
+    """Pairs of a run before the token limit, and what was left out so far (kind of reason -> rows).
+
+    Pairs of the user are all in `train`; `fit_pairs` holds some out once it is known which ones fit.
+    """
 
     train: list[Pair]
     heldout: list[Pair]
@@ -31,7 +35,7 @@ class RunPairs:
 
 
 def load_run_pairs(recipe: Recipe, offline: bool) -> RunPairs:
-    """Training and held-out pairs, split by prompt.
+    """The arena's training and held-out pairs, or all pairs of the user.
 
     Raises:
         UserError: see `pairs.load_pairs` and `pairs.split_by_prompt`.
@@ -51,23 +55,24 @@ def load_run_pairs(recipe: Recipe, offline: bool) -> RunPairs:
         revision=recipe.data.revision,
         offline=offline,
     )
-    train, heldout = split_by_prompt(loaded.pairs, recipe.data.heldout, recipe.seed)
-    return RunPairs(train, heldout, _count(row.reason for row in loaded.dropped))
+    split_by_prompt(loaded.pairs, recipe.data.heldout, recipe.seed)  # too few: said before anything is written
+    return RunPairs(loaded.pairs, [], _count(row.reason for row in loaded.dropped))
 
 
 def _count(reasons: Iterator[str] | Sequence[str]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for reason in reasons:
-        counts[reason] = counts.get(reason, 0) + 1
-    return counts
+    return dict(Counter(reason.partition(":")[0] for reason in reasons))
 
 
 def fit_pairs(
     recipe: Recipe, pairs: RunPairs, encoder: Encoder, rubric: Callable[[str], Rubric]
 ) -> tuple[list[Pair], list[Pair], dict[str, Any]]:
-    """(training pairs, held-out pairs, counts): the token limit, balancing and label shuffling applied.
+    """(training pairs, held-out pairs, counts): token limit, split, balancing and label shuffling applied.
 
-    Both sides of a pair must fit `data.max_prompt_tokens`; what doesn't is dropped and counted, never cut.
+    Both sides of a pair must fit `data.max_prompt_tokens`; what doesn't is dropped and counted, never cut. Pairs of
+    the user are then split by prompt.
+
+    Raises:
+        UserError: no pair fits, or too few to hold some out.
     """
     limit = recipe.data.max_prompt_tokens
 
@@ -76,6 +81,8 @@ def fit_pairs(
 
     train, long_train = drop_long(pairs.train, length, limit)
     heldout, long_heldout = drop_long(pairs.heldout, length, limit)
+    if train and not pairs.heldout:
+        train, heldout = split_by_prompt(train, recipe.data.heldout, recipe.seed)
     if not train or not heldout:
         raise UserError(
             f"after the limit of data.max_prompt_tokens={limit} tokens {len(train)} training and {len(heldout)} "

@@ -238,7 +238,7 @@ def _describe(context: Context) -> None:
     recipe, grpo = context.recipe, context.recipe.grpo
     sys.stderr.write(
         f"{recipe.name}: method {recipe.method}, engine {context.engine.name}, seed {recipe.seed}, "
-        f"{len(context.pairs.train)} training and {len(context.pairs.heldout)} held-out pairs\n"
+        f"{len(context.pairs.train) + len(context.pairs.heldout)} pairs\n"
         f"cold start: {recipe.sft.source if recipe.sft.init is None else recipe.sft.init}, {recipe.sft.steps} steps of "
         f"{recipe.sft.batch_size}, lr {recipe.sft.lr:g}; GRPO: {grpo.steps} steps of {grpo.pairs_per_step} pairs x 2 x "
         f"n={grpo.n}, lr {grpo.lr:g}, PAR {grpo.form}, findings {grpo.findings:g}\n"
@@ -286,6 +286,10 @@ def _prepare_pairs(context: Context) -> None:
         raise UserError(
             f"the training pairs are not those that {context.folder.path} was started with; start a new run"
         )
+    sys.stderr.write(
+        f"{counts['train']} pairs to train on, {counts['heldout']} held out, {sum(counts['dropped'].values())} dropped"
+        f"{''.join(f'; {reason}: {rows}' for reason, rows in counts['dropped'].items())}\n"
+    )
     context.folder.note(data=counts, parameters=sum(p.numel() for p in context.model.parameters()))
     if not (context.folder / "heldout.jsonl").is_file():
         write_lines(context.folder / "heldout.jsonl", [pair_to_row(pair) for pair in context.heldout])
