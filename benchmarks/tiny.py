@@ -12,24 +12,18 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
+
+from baselines import finish, read
 
 ROWS = ("set=new triples", "set=new pairs", "gap=1", "length=matched")
 
 
 def run(folder: Path, arguments: list[str]) -> dict[str, Any]:
     """Train into `folder` unless that is done, and return its summary."""
-    if not (folder / "summary.json").is_file():
-        command = [sys.executable, "-m", "patarm_lite", "train"]
-        if (folder / "run.json").is_file():
-            command += ["--resume", str(folder)]
-        else:
-            command += ["tiny", "-o", str(folder), "--offline", *arguments]
-        subprocess.run(command, check=True)
-    return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    finish(folder, ["tiny", "--offline", *arguments])
+    return read(folder / "summary.json")
 
 
 def interval(found: dict[str, Any]) -> str:

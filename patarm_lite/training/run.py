@@ -7,6 +7,7 @@ from its last complete checkpoint.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 import platform
@@ -77,8 +78,9 @@ class Context:
     def protocol(self) -> Protocol:
         return Protocol(instructions=self.recipe.protocol.instructions, thinking=self.recipe.protocol.thinking)
 
-    @property
+    @functools.cached_property
     def encoder(self) -> Encoder:
+        """Made at first use, when the tokenizer is there; it remembers contents that come back."""
         return Encoder.from_tokenizer(self.tokenizer, self.protocol)
 
     def sampler(self) -> Sampler:
@@ -318,10 +320,8 @@ def _cold_start(context: Context) -> None:
     shutil.rmtree(context.folder / "checkpoints" / "sft", ignore_errors=True)
 
 
-def fine_tune(
-    context: Context, examples: list[sft.Example], stage: str, steps: int, minutes: float | None = None
-) -> None:
-    """SFT of the context's model on examples, for `steps` or `minutes`, with checkpoints under the stage's name."""
+def fine_tune(context: Context, examples: list[sft.Example], stage: str, steps: int) -> None:
+    """SFT of the context's model on examples, with checkpoints under the stage's name."""
     settings = context.recipe.sft
     sft.check_examples(examples, context.encoder.end_id)
     checkpoints = context.folder / "checkpoints" / stage
@@ -336,7 +336,6 @@ def fine_tune(
         context.stop,
         row_of_step=lambda logs: {},
         words_of_row=lambda row: f"loss {row['loss']:.3f}",
-        minutes=minutes,
     )
     trainer = sft.trainer_class()(
         model=context.model,
@@ -361,13 +360,12 @@ def fit(context: Context, trainer: Any, watch: Any, checkpoint: Path | None) -> 
 
 def _evaluate(context: Context, when: str) -> list[JudgedPair]:
     path = context.folder / f"heldout_{when}.jsonl"
+    known = _evaluated_already(context) if when == "before" and not path.is_file() else None
+    if known is not None:
+        write_text(path, known.read_text(encoding="utf-8"))
     if path.is_file():
         return rows_to_judged(read_lines(path), context.heldout)
     recipe = context.recipe
-    known = _evaluated_already(context) if when == "before" else None
-    if known is not None:
-        write_text(path, known.read_text(encoding="utf-8"))
-        return rows_to_judged(read_lines(path), context.heldout)
     with context.timed("evaluation"):
         judged = judge_pairs(
             context.sampler(), context.heldout, context.rubric, recipe.eval.votes, recipe.seed, f"judging {when}"
