@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from conftest import Command, little_recipe, write_recipe
 
-from patarm_lite.training import watch
-from patarm_lite.training.watch import Doomed, Interrupted, Progress, StopSignal
+from patarm_lite import progress as progress_module
+from patarm_lite.progress import Progress
+from patarm_lite.training.watch import Doomed, Interrupted, StopSignal
 
 SETTINGS = little_recipe(grpo={"stop_dead_steps": 3, "stop_unreadable": 0.9, "max_completion_tokens": 99}).grpo
 
@@ -91,7 +92,7 @@ def test_progress_foretells_the_whole_time_after_two_steps(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = [100.0]
-    monkeypatch.setattr(watch.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
     progress = Progress("grpo", total=50, done=10)
     for done in (11, 12):
         now[0] += 30
@@ -108,7 +109,7 @@ def test_progress_says_little_where_nobody_watches_and_always_the_end(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = [0.0]
-    monkeypatch.setattr(watch.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
     progress = Progress("sft", total=100, every=15.0)
     for done in range(1, 101):
         now[0] += 0.5

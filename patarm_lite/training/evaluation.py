@@ -9,13 +9,13 @@ from typing import Any
 from patarm_lite import arena
 from patarm_lite.errors import UserError
 from patarm_lite.metrics import expected_score, row_to_pair, summarise
+from patarm_lite.progress import Progress
 from patarm_lite.prompts import Encoder, decode_judgement
 from patarm_lite.recipe import Recipe, load_recipe
 from patarm_lite.records import JudgedPair, Pair, Rubric, Vote
 from patarm_lite.rubrics import primary_rubric
 from patarm_lite.training.engine import choose_engine, load_protocol, prepare_libraries
 from patarm_lite.training.run_folder import RunFolder, read_lines
-from patarm_lite.training.watch import Progress
 from patarm_lite.verdicts import parse
 
 

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from patarm_lite.errors import UserError
+from patarm_lite.progress import Progress
 from patarm_lite.records import Verdict
 from patarm_lite.training import sft
 from patarm_lite.training.baselines import endless_order, train_stage
 from patarm_lite.training.run import Context
 from patarm_lite.training.run_folder import read_lines, write_json, write_lines
-from patarm_lite.training.watch import Progress
 
 Row = dict[str, Any]
 

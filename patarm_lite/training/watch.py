@@ -10,51 +10,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from patarm_lite.progress import Progress
 from patarm_lite.recipe import GrpoSection
 from patarm_lite.training.run_folder import RunFolder, checkpoint_step, mark_complete
 
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C, obeyed where nothing is lost. Ends the command with 130, as any Ctrl-C does."""
-
-
-class Progress:
-    """One line on stderr: redrawn on a terminal, else printed at most every `every` seconds."""
-
-    def __init__(self, label: str, total: int, done: int = 0, every: float = 15.0) -> None:
-        self.label, self.total, self.start, self.every = label, total, done, every
-        self.began = self.shown = time.monotonic()
-        self.predicted = False
-        self.terminal = sys.stderr.isatty()
-
-    def at(self, done: int, words: str = "") -> None:
-        now = time.monotonic()
-        count = done - self.start
-        left = (now - self.began) / max(count, 1) * (self.total - done)
-        if count >= 2 and not self.predicted:
-            self.predicted = True
-            whole = (now - self.began) / count * (self.total - self.start)
-            self._say(f"{self.label}: this takes {_span(whole)} ({self.total - self.start} steps)", keep=True)
-        if self.terminal or now - self.shown >= self.every or done == self.total:
-            self.shown = now
-            self._say(f"{self.label} {done}/{self.total}  {words}  {_span(left)} left", keep=done == self.total)
-
-    def _say(self, line: str, keep: bool) -> None:
-        if self.terminal:
-            sys.stderr.write("\r\x1b[K" + line + ("\n" if keep else ""))
-        else:
-            sys.stderr.write(line + "\n")
-        sys.stderr.flush()
-
-
-def _span(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 90
-        else f"{seconds / 60:.1f} min"
-        if seconds < 5400
-        else f"{seconds / 3600:.1f} h"
-    )
 
 
 class StopSignal:
