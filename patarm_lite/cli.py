@@ -31,6 +31,7 @@ EXTRA_OF = {
     "accelerate": "train",
     "bitsandbytes": "train",
     "datasets": "train",
+    "gguf": "export",
     "huggingface_hub": "train",
     "llama_cpp": "judge",
     "matplotlib": "train",
@@ -295,6 +296,116 @@ def show_pairs(
     loaded = load_pairs(files, mapping=columns, task=task, revision=revision, offline=offline)
     found = survey(loaded, against=against or ())
     typer.echo(json.dumps(found, indent=2, ensure_ascii=False) if as_json else render_survey(found))
+
+
+@app.command(
+    epilog="""Example:
+
+\b
+  patarm-lite train smoke --force
+  patarm-lite export runs/smoke-seed1 -o my-judge --type q8_0,q4_k_m""",
+)
+def export(
+    judge: Annotated[str, typer.Argument(metavar="JUDGE", help="A run folder, a Hugging Face folder or a hub id.")],
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", metavar="DIR", help="The output folder; none: exports/JUDGE.")
+    ] = None,
+    types: Annotated[
+        str,
+        typer.Option("--type", metavar="TYPE,...", help="hf, lora, f16, q8_0, q4_k_m, ...; none: q8_0,q4_k_m."),
+    ] = "",
+    auto: Annotated[bool, typer.Option("--auto", help="Keep only the smallest file within --max-loss.")] = False,
+    max_loss: Annotated[
+        float, typer.Option(metavar="SHARE", help="--auto: largest loss of pair accuracy, by its 95 % bound.")
+    ] = 0.01,
+    pairs: Annotated[
+        list[str] | None, typer.Option("--pairs", metavar="FILE...", help="Held-out pairs; none: those of the run.")
+    ] = None,
+    imatrix: Annotated[
+        str, typer.Option(metavar="FILE", help="Importance matrix: a file, 'judging' (made here) or 'none'.")
+    ] = "judging",
+    base: Annotated[
+        str | None, typer.Option(metavar="FOLDER|ID", help="The 16-bit base of an adapter; none: as it names it.")
+    ] = None,
+    without_fidelity: Annotated[
+        bool, typer.Option("--without-fidelity", help="Export unproved: judge no pairs.")
+    ] = False,
+    votes: Annotated[int, typer.Option(min=1, help="Judgements a side; one is greedy, more are sampled.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything drawn.")] = 1,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; none: physical cores.")] = None,
+    revision: Annotated[str, typer.Option(help="Hub revision: branch, tag or commit.")] = "main",
+    as_json: JsonFlag = False,
+    force: ForceFlag = False,
+    offline: OfflineFlag = False,
+) -> None:
+    """Turn a trained judge into GGUF files, and prove on held-out pairs that they judge alike.
+
+    An export that was stopped goes on with the same command.
+    """
+    if offline:
+        _go_offline()
+    if not 0 < max_loss < 1:
+        raise UserError(f"--max-loss {max_loss:g} is not a share between 0 and 1, e.g. --max-loss 0.01")
+    _require("torch", "transformers", "llama_cpp", "gguf")
+    from patarm_lite.quantize import export as stages
+
+    request = stages.Request(
+        judge=judge,
+        out=out or Path("exports") / Path(judge.rstrip("/")).name,
+        types=tuple(dict.fromkeys(name.strip().lower() for name in types.split(",") if name.strip())),
+        auto=auto,
+        max_loss=max_loss,
+        pairs=tuple(pairs or ()),
+        imatrix=imatrix,
+        fidelity=not without_fidelity,
+        base=base,
+        revision=revision,
+        offline=offline,
+        votes=votes,
+        seed=seed,
+        threads=threads,
+    )
+    found = stages.export(request, force)
+    typer.echo(json.dumps(found, indent=2, ensure_ascii=False) if as_json else stages.table(found))
+    typer.echo(f"next: patarm-lite inspect {shlex.quote(str(request.out / found['files'][0]['path']))}", err=True)
+
+
+@app.command(epilog="Example:\n\n\b\n  patarm-lite inspect my-judge/smoke-seed1-q8_0.gguf")
+def inspect(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A GGUF file, of ours or of others.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Explain a GGUF file: what it is, how it judges, how far that was proved."""
+    from patarm_lite.quantize.metadata import inspect_json, inspect_text
+
+    typer.echo(json.dumps(inspect_json(file), indent=2, ensure_ascii=False) if as_json else inspect_text(file))
+
+
+@app.command(
+    epilog="""Example:
+
+\b
+  patarm-lite calibrate my-judge/smoke-seed1-q8_0.gguf --pairs heldout.jsonl""",
+)
+def calibrate(
+    judge: Annotated[Path, typer.Argument(metavar="JUDGE", help="A GGUF judge; its metadata is rewritten.")],
+    pairs: Annotated[list[str], typer.Option("--pairs", metavar="FILE...", help="Pairs the judge never saw.")],
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything drawn.")] = 1,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; none: physical cores.")] = None,
+    as_json: JsonFlag = False,
+    offline: OfflineFlag = False,
+) -> None:
+    """Fit score gap -> P(preferred) and score -> percentile on pairs, and write them into the file.
+
+    The file is replaced by rename; its fingerprint stays.
+    """
+    if offline:
+        _go_offline()
+    _require("llama_cpp", "gguf")
+    from patarm_lite.quantize.calibrate import calibrate_file, calibration_table
+
+    found = calibrate_file(judge, pairs, seed=seed, threads=threads)
+    typer.echo(json.dumps(found, indent=2, ensure_ascii=False) if as_json else calibration_table(found))
 
 
 @app.command(epilog="Example:\n\n\b\n  patarm-lite train smoke --force\n  patarm-lite report runs/smoke-seed1")

@@ -158,6 +158,32 @@ def little_run(command: Callable[..., Command], tmp_path_factory: pytest.TempPat
     return run
 
 
+@pytest.fixture(scope="session")
+def little_qlora_run(
+    command: Callable[..., Command], little_run: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The run folder of an adapter trained for two steps over the little judge in 4 bits. Not to be written to."""
+    pytest.importorskip("bitsandbytes")
+    from patarm_lite import arena
+
+    folder = tmp_path_factory.mktemp("little-qlora")
+    rows = [
+        {"prompt": pair.prompt[0].content, "chosen": pair.chosen, "rejected": pair.rejected, "task": pair.task}
+        for pair in arena.training_pairs(24, seed=4)
+    ]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    recipe = write_recipe(
+        folder / "little-qlora.yaml",
+        model={"base": str(little_run / "judge"), "tuning": "qlora", "lora_r": 4, "lora_alpha": 8},
+        data={"pairs": [str(folder / "pairs.jsonl")], "heldout": 8},
+        sft={"source": "none"},
+        grpo={"steps": 2, "n": 4, "per_device": None, "lr": 1e-2, "save_every": 1},
+    )
+    train = command("train", recipe, "-o", folder / "run")
+    assert train.wait() == 0, train.said()
+    return folder / "run"
+
+
 # --- TRL's trainer as `patarm-lite train` builds it, in this process ---
 
 

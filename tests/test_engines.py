@@ -107,6 +107,15 @@ def test_an_adapter_is_trained_saved_in_safetensors_and_changes_the_answers(
     assert trainable and all(".lora_" in name for name in trainable)
 
 
+def test_qlora_on_a_cpu_is_refused_where_bitsandbytes_would_unpack_wrongly(tmp_path: Path) -> None:
+    from transformers import Qwen3Config
+
+    Qwen3Config(hidden_size=96, intermediate_size=288, num_attention_heads=4, head_dim=24).save_pretrained(tmp_path)
+    section = little_recipe(model={"base": str(tmp_path), "tuning": "qlora"}).model
+    with pytest.raises(UserError, match=r"96 weights, no multiple of 64.*model\.tuning=lora"):
+        TransformersEngine().load(str(tmp_path), section)
+
+
 def test_qlora_holds_the_base_in_four_bits(adapted: tuple[str, Path], little_run: Path) -> None:
     tuning, run = adapted
     section = little_recipe(model={"base": str(little_run / "judge"), "tuning": tuning}).model

@@ -49,6 +49,7 @@ class TransformersEngine:
         options: dict[str, Any] = {"revision": model.revision} if not Path(folder).exists() else {}
         dtype = _dtype(model.dtype)
         if model.tuning == "qlora":
+            _check_widths(folder, options)
             options["quantization_config"] = BitsAndBytesConfig(
                 load_in_4bit=True,
                 bnb_4bit_quant_type="nf4",
@@ -192,6 +193,26 @@ def _remove(folder: Path) -> None:
 
     if folder.exists():
         shutil.rmtree(folder)
+
+
+def _check_widths(folder: str, options: dict[str, Any]) -> None:
+    """bitsandbytes 0.50.2 unpacks 4-bit weights wrongly on a CPU where rows are no multiple of its blocks of 64."""
+    from transformers import AutoConfig
+
+    if _device() != "cpu":
+        return
+    try:
+        config = AutoConfig.from_pretrained(folder, **_revision(options))
+    except (OSError, ValueError):
+        return  # the loading of the model says why
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    widths = (config.hidden_size, config.intermediate_size, config.num_attention_heads * head)
+    odd = [width for width in widths if width % 64]
+    if odd:
+        raise UserError(
+            f"model.tuning=qlora can't be trained on a CPU with {folder!r}: a layer's rows have {odd[0]} weights, no "
+            "multiple of 64, and bitsandbytes unpacks such rows wrongly there; use --set model.tuning=lora"
+        )
 
 
 def _revision(options: dict[str, Any]) -> dict[str, Any]:

@@ -254,13 +254,22 @@ def _load_start(context: Context) -> None:
     if (context.folder / "sft").is_dir() or recipe.sft.init is not None:
         start = context.folder / "sft" if (context.folder / "sft").is_dir() else Path(str(recipe.sft.init)) / "sft"
         context.model, context.tokenizer = context.engine.load(str(start), recipe.model)
+        if recipe.sft.init is not None and "base" not in context.folder.about():
+            known = RunFolder.open(Path(recipe.sft.init)).about().get("base")
+            if known is not None:
+                context.folder.note(base=known)
         return
     if recipe.model.base != "arena":
+        from patarm_lite.quantize.source import base_record
+
         here = Path(recipe.model.base)  # an adapter remembers its base's path: it must hold from any folder
         name = str(here.resolve()) if here.exists() else recipe.model.base
         loaded, context.tokenizer = context.engine.load(name, recipe.model)
         commit = getattr(loaded.config, "_commit_hash", None)  # what `revision` stood for; None for a local folder
-        context.folder.note(base={"name": recipe.model.base, "revision": recipe.model.revision, "commit": commit})
+        adapters = getattr(loaded, "peft_config", {})
+        under = next((str(known.base_model_name_or_path) for known in adapters.values()), name)
+        dtype = str(loaded.dtype).removeprefix("torch.")
+        context.folder.note(base=base_record(recipe.model.base, recipe.model.revision, commit, under, dtype))
         context.model = context.engine.adapt(loaded, recipe.model, recipe.seed)
         return
     texts = arena.protocol_texts(recipe.arena, context.protocol, recipe.seed)
