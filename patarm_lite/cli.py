@@ -376,7 +376,7 @@ def inspect(
     as_json: JsonFlag = False,
 ) -> None:
     """Explain a GGUF file: what it is, how it judges, how far that was proved."""
-    from patarm_lite.quantize.metadata import inspect_json, inspect_text
+    from patarm_lite.quantize.inspection import inspect_json, inspect_text
 
     typer.echo(json.dumps(inspect_json(file), indent=2, ensure_ascii=False) if as_json else inspect_text(file))
 

@@ -159,6 +159,20 @@ def little_run(command: Callable[..., Command], tmp_path_factory: pytest.TempPat
 
 
 @pytest.fixture(scope="session")
+def trained_run(command: Callable[..., Command], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of the tiny recipe: $PATARM_TRAINED_RUN, or (for slow tests alone) one whose cold start was cut to
+    a quarter, which takes some minutes and writes sound judgements of little worth."""
+    given = os.environ.get("PATARM_TRAINED_RUN")
+    if given:
+        return Path(given)
+    run = tmp_path_factory.mktemp("trained") / "run"
+    short = ["sft.steps=250", "grpo.steps=1", "grpo.pairs_per_step=1", "data.heldout=40", "eval.votes=1", "threads=1"]
+    train = command("train", "tiny", "-o", run, "--set", *short)
+    assert train.wait(1200) == 0, train.said()
+    return run
+
+
+@pytest.fixture(scope="session")
 def little_qlora_run(
     command: Callable[..., Command], little_run: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:

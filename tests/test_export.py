@@ -60,7 +60,7 @@ def test_the_folder_holds_files_a_stranger_can_use(exported: tuple[Path, dict[st
         assert hashlib.sha256((out / name).read_bytes()).hexdigest() == digest
     covered = {line.split("  ")[1].split("/")[0] for line in (out / "SHA256SUMS").read_text().splitlines()}
     assert covered == names - {"SHA256SUMS", "export.json"}
-    assert f"FROM ./{found['files'][0]['path']}" in (out / "Modelfile").read_text()
+    assert f"FROM ./{found['files'][1]['path']}" in (out / "Modelfile").read_text(), "q8_0 is the one to run"
 
 
 def test_every_file_describes_the_judge_in_it(exported: tuple[Path, dict[str, Any]]) -> None:

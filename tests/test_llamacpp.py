@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import unicodedata
 from itertools import accumulate
@@ -269,21 +268,16 @@ def test_progress_is_told_prompt_by_prompt(model: LlamaCpp, encoder: Encoder) ->
 # a trained judge
 
 
-TRAINED = os.environ.get("PATARM_TRAINED_RUN", "")
-needs_trained = pytest.mark.skipif(not TRAINED, reason="set PATARM_TRAINED_RUN to a finished run of recipes/tiny.yaml")
-
-
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def trained(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(a run folder, its judge as an exact GGUF file)."""
     from patarm_lite.quantize.convert import convert
 
     out = tmp_path_factory.mktemp("trained") / "judge.gguf"
-    return Path(TRAINED), convert(Path(TRAINED) / "judge", out, dtype="f32").path
+    return trained_run, convert(trained_run / "judge", out, dtype="f32").path
 
 
 @pytest.mark.slow
-@needs_trained
 def test_expected_scores_are_those_of_the_evaluation(trained: tuple[Path, Path]) -> None:
     from patarm_lite.metrics import row_to_pair
     from patarm_lite.recipe import load_recipe
@@ -322,7 +316,6 @@ def test_expected_scores_are_those_of_the_evaluation(trained: tuple[Path, Path])
 
 
 @pytest.mark.slow
-@needs_trained
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_sound_free_judgement_is_what_constrained_decoding_writes_too(
     trained: tuple[Path, Path], temperature: float

@@ -471,7 +471,7 @@ class _Export:
             "pairs": len(self.heldout),
             "seconds": self.seconds,
         }
-        served = next((row["path"] for row in files if row["type"] not in ("hf", "lora")), None)
+        served = _served(files)
         if served is not None:
             context = self.prompt_tokens + self.judgement_tokens
             text = modelfile(served, self.source.protocol, context, max_tokens=self.judgement_tokens)
@@ -605,6 +605,12 @@ def _digests(out: Path, names: Sequence[str]) -> Iterator[tuple[str, str]]:
         for file in [path] if path.is_file() else sorted(path.rglob("*")):
             with file.open("rb") as opened:
                 yield hashlib.file_digest(opened, "sha256").hexdigest(), file.relative_to(out).as_posix()
+
+
+def _served(files: Sequence[Mapping[str, Any]]) -> str | None:
+    """The file that the Modelfile runs: q8_0 where it was made, else the first GGUF file."""
+    judges = {row["type"]: row["path"] for row in files if row["type"] not in ("hf", "lora")}
+    return judges.get("q8_0", next(iter(judges.values()), None))
 
 
 def _what(row: Mapping[str, Any]) -> str:
