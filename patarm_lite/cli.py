@@ -303,7 +303,7 @@ def show_pairs(
 
 \b
   patarm-lite train smoke --force
-  patarm-lite export runs/smoke-seed1 -o my-judge --type q8_0,q4_k_m""",
+  patarm-lite export runs/smoke-seed1 -o my-judge --type q8_0,q4_0 --force""",
 )
 def export(
     judge: Annotated[str, typer.Argument(metavar="JUDGE", help="A run folder, a Hugging Face folder or a hub id.")],
@@ -370,7 +370,14 @@ def export(
     typer.echo(f"next: patarm-lite inspect {shlex.quote(str(request.out / found['files'][0]['path']))}", err=True)
 
 
-@app.command(epilog="Example:\n\n\b\n  patarm-lite inspect my-judge/smoke-seed1-q8_0.gguf")
+@app.command(
+    epilog="""Example:
+
+\b
+  patarm-lite train smoke --force
+  patarm-lite export runs/smoke-seed1 -o my-judge --force
+  patarm-lite inspect my-judge/smoke-seed1-q8_0.gguf""",
+)
 def inspect(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A GGUF file, of ours or of others.")],
     as_json: JsonFlag = False,
@@ -385,7 +392,9 @@ def inspect(
     epilog="""Example:
 
 \b
-  patarm-lite calibrate my-judge/smoke-seed1-q8_0.gguf --pairs heldout.jsonl""",
+  patarm-lite train smoke --force
+  patarm-lite export runs/smoke-seed1 -o my-judge --force
+  patarm-lite calibrate my-judge/smoke-seed1-q8_0.gguf --pairs runs/smoke-seed1/heldout.jsonl""",
 )
 def calibrate(
     judge: Annotated[Path, typer.Argument(metavar="JUDGE", help="A GGUF judge; its metadata is rewritten.")],

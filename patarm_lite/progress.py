@@ -7,12 +7,15 @@ import time
 
 
 class Progress:
-    """One line on stderr: redrawn on a terminal, else printed at most every `every` seconds."""
+    """One line on stderr: redrawn on a terminal, else printed at most every `every` seconds.
 
-    def __init__(self, label: str, total: int, done: int = 0, every: float = 15.0) -> None:
+    `even`: whether steps take about the same time, so that two of them foretell all.
+    """
+
+    def __init__(self, label: str, total: int, done: int = 0, every: float = 15.0, even: bool = True) -> None:
         self.label, self.total, self.start, self.every = label, total, done, every
         self.began = self.shown = time.monotonic()
-        self.predicted = False
+        self.predicted = not even
         self.terminal = sys.stderr.isatty()
 
     def at(self, done: int, words: str = "") -> None:

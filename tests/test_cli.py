@@ -24,6 +24,9 @@ VERBS = [
     ["eval"],
     ["pairs"],
     ["report"],
+    ["export"],
+    ["inspect"],
+    ["calibrate"],
     ["recipes"],
     *(["recipes", verb] for verb in ("list", "show", "copy", "schema")),
 ]
@@ -119,7 +122,10 @@ print("loaded:", *sorted(set({HEAVY!r}) & set(sys.modules)))
         *(["recipes", verb] for verb in ("list", "show", "copy", "schema")),
         ["recipes"],
         ["pairs"],
-        *(pytest.param([verb], marks=pytest.mark.slow) for verb in ("train", "eval", "report")),
+        *(
+            pytest.param([verb], marks=pytest.mark.slow)
+            for verb in ("train", "eval", "report", "export", "inspect", "calibrate")
+        ),
     ],
     ids=" ".join,
 )
@@ -159,6 +165,10 @@ def test_the_version_is_that_of_the_package(typed: Type) -> None:
         (["eval"], "Missing argument 'RUN'"),
         (["eval", "run", "--votes", "0"], "'--votes'"),
         (["--verbose"], "--verbose"),
+        (["export"], "Missing argument 'JUDGE'"),
+        (["export", "run", "--votes", "0"], "'--votes'"),
+        (["inspect"], "Missing argument 'FILE'"),
+        (["calibrate", "judge.gguf"], "--pairs"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

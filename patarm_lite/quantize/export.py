@@ -202,7 +202,7 @@ class _Export:
             about=self.source.about,
             merge=merged,
         )
-        shown = _shown(f"converting to {dtype}, bytes")
+        shown = _shown(f"converting to {dtype}, MB", unit=1_000_000)
         convert(folder, path, dtype=dtype, metadata=described, name=self.name, progress=shown)
 
     def _safetensors(self, merging: Mapping[str, Any] | None) -> Path:
@@ -569,14 +569,14 @@ class _Export:
         write_json(self.work / "seconds.json", self.seconds)
 
 
-def _shown(label: str) -> Callable[[int, int], None]:
-    """Progress on stderr for a stage that calls back with (done, all)."""
+def _shown(label: str, unit: int = 1) -> Callable[[int, int], None]:
+    """Progress on stderr for a stage that calls back with (done, all), shown in so many at a time."""
     shown: list[Progress] = []
 
     def at(done: int, total: int) -> None:
         if not shown:
-            shown.append(Progress(label, total))
-        shown[0].at(done)
+            shown.append(Progress(label, -(-total // unit), even=False))
+        shown[0].at(-(-done // unit))
 
     return at
 
