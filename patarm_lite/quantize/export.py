@@ -70,7 +70,7 @@ def export(request: Request, force: bool = False) -> dict[str, Any]:
         KeyboardInterrupt: Ctrl-C; the same command goes on.
     """
     types = request.types or (LADDER if request.auto else DEFAULT_TYPES)
-    quantizer.check_types([name for name in types if name != "lora"] or ["f16"], importance=request.imatrix != "none")
+    quantizer.check_types(types, importance=request.imatrix != "none")
     if request.auto and not request.fidelity:
         raise UserError("--auto chooses by fidelity; leave out --without-fidelity")
     if request.imatrix not in ("judging", "none"):

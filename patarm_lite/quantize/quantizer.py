@@ -108,7 +108,7 @@ TYPES = {
 }
 """Name -> type, roughly from the largest to the smallest."""
 
-UNQUANTIZED = ("hf", "f32", "f16", "bf16")
+UNQUANTIZED = ("hf", "lora", "f32", "f16", "bf16")
 """What can be exported besides: 16-bit safetensors, and GGUF files as the converter writes them."""
 
 REFUSED = {
@@ -153,7 +153,7 @@ def check_types(names: Sequence[str], importance: bool) -> None:
     >>> check_types(["q4_km"], importance=True)
     Traceback (most recent call last):
     ...
-    patarm_lite.errors.UserError: type 'q4_km' is not known. Did you mean 'q4_k_m'? Known: hf, f32, f16, bf16, q8_0, ...
+    patarm_lite.errors.UserError: type 'q4_km' is not known. Did you mean 'q4_k_m'? Known: hf, lora, f32, f16, bf16, q8_0, ...
     """
     known = (*UNQUANTIZED, *TYPES)
     if not names:
