@@ -64,7 +64,7 @@ def test_bits_and_blocks_are_those_of_the_formats() -> None:
         ([], True, "no type"),
         (["q8_0", "q4_km"], True, "'q4_km' is not known. Did you mean 'q4_k_m'"),
         (["Q4_K_M"], True, "Did you mean 'q4_k_m'"),
-        (["int4"], True, "'int4' is not known. Known: hf, f32"),
+        (["int4"], True, "'int4' is not known. Known: hf, lora, f32"),
         (["mxfp4_moe"], True, "mixtures of experts"),
         (["f16", "iq2_xs"], False, "'iq2_xs' needs an importance matrix"),
         (["iq3_xs"], False, "iq3_s, which does without"),
