@@ -260,6 +260,28 @@ def test_a_model_folder_without_pairs_says_that_nothing_can_be_proved(
     assert code == 2 and "--pairs FILE" in said and "--without-fidelity" in said
 
 
+def test_a_model_folder_with_pairs_keeps_those_of_the_matrix_apart_from_those_of_the_proof(
+    little_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from patarm_lite import arena
+
+    model, pairs, out = tmp_path / "model", tmp_path / "pairs.jsonl", tmp_path / "out"
+    shutil.copytree(little_run / "judge", model)
+    rows = [
+        {"prompt": pair.prompt[0].content, "chosen": pair.chosen, "rejected": pair.rejected, "task": pair.task}
+        for pair in arena.heldout_pairs(30, seed=7)
+    ]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    code, printed, said = run(
+        capsys, "export", model, "-o", out, "--type", "q8_0", "--pairs", pairs, "--threads", 1, "--json"
+    )
+    assert code == 0, said
+    prompts = len({row["prompt"] for row in rows})
+    assert 30 - 30 // 2 < json.loads(printed)["pairs"] < 30
+    assert json.loads((out / "fidelity.json").read_text())["prompts"] == prompts - max(1, prompts // 10)
+    assert (out / "imatrix.gguf").is_file()
+
+
 def test_weights_that_are_not_numbers_are_refused_and_nothing_is_left(
     little_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -74,8 +74,8 @@ def ways_of(source: Source) -> tuple[str, ...]:
 def pairs_of(request: Request, source: Source, recipe: Recipe | None) -> tuple[list[Pair], list[Pair]]:
     """(pairs for the importance matrix, held-out pairs for fidelity).
 
-    A run folder knows both. With pair files and no run, every tenth prompt (by hash) makes the importance matrix and is
-    not judged for fidelity.
+    A run folder knows both. With pair files and no run, a tenth of the prompts (by hash) makes the importance matrix
+    and is not judged for fidelity.
 
     Raises:
         UserError: no pairs where the export needs some.
@@ -91,9 +91,11 @@ def pairs_of(request: Request, source: Source, recipe: Recipe | None) -> tuple[l
         heldin = sorted(kept, key=_place)[:HELD_IN]
     if request.pairs:
         heldout = load_pairs(list(request.pairs), offline=request.offline).pairs
-        if not heldin:
-            heldin = [pair for pair in heldout if int(_place(pair)[:8], 16) % 10 == 0][:HELD_IN]
-            heldout = [pair for pair in heldout if int(_place(pair)[:8], 16) % 10]
+        if not heldin and request.imatrix == "judging":
+            prompts = sorted({_place(pair) for pair in heldout})
+            taken = set(prompts[: max(1, len(prompts) // 10)])
+            heldin = [pair for pair in heldout if _place(pair) in taken][:HELD_IN]
+            heldout = [pair for pair in heldout if _place(pair) not in taken]
     if request.fidelity and not heldout:
         raise UserError(
             f"{request.judge} brings no held-out pairs to prove the files on; give some with --pairs FILE, or export "
