@@ -13,17 +13,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from patarm_lite.judge.judge import Judge
+    from patarm_lite.judge.scored import Scored
     from patarm_lite.pairs import load_pairs
     from patarm_lite.par import par_rewards
     from patarm_lite.records import Criterion, Pair, Verdict
 
 __version__ = "0.1.0"
 
-__all__ = ["Criterion", "Pair", "Verdict", "load_pairs", "par_rewards"]
+__all__ = ["Criterion", "Judge", "Pair", "Scored", "Verdict", "load_pairs", "par_rewards"]
 
 _HOME = {
     "Criterion": "patarm_lite.records",
+    "Judge": "patarm_lite.judge.judge",
     "Pair": "patarm_lite.records",
+    "Scored": "patarm_lite.judge.scored",
     "Verdict": "patarm_lite.records",
     "load_pairs": "patarm_lite.pairs",
     "par_rewards": "patarm_lite.par",

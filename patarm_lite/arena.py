@@ -183,6 +183,12 @@ def write_response(rng: random.Random, pool: Sequence[str], asked: Sequence[str]
             return text
 
 
+def benign_words(rng: random.Random, features: set[str], words: int) -> str:
+    """At most so many words as responses are made of, with some features among them; without the full stop."""
+    text = " ".join(_compose(rng, features, words).split()[-words:])
+    return text.removesuffix(".")
+
+
 def _compose(rng: random.Random, features: set[str], words: int) -> str:
     pieces: list[str] = []
     for name, options in (

@@ -7,15 +7,16 @@ bug and keeps its traceback.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib.util
 import json
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 import typer.core
@@ -25,6 +26,7 @@ from patarm_lite import __version__
 from patarm_lite.errors import UserError, missing_extra
 
 if TYPE_CHECKING:
+    from patarm_lite.judge.judge import Judge
     from patarm_lite.recipe import Recipe
 
 EXTRA_OF = {
@@ -89,6 +91,27 @@ recipes_app = typer.Typer(
     epilog="Example:\n\n\b\n  patarm-lite recipes show tiny",
 )
 app.add_typer(recipes_app, name="recipes")
+rubrics_app = typer.Typer(
+    cls=_Group,
+    rich_markup_mode=None,
+    help="List, show, copy and write rubrics.\n\nA rubric file is YAML; judge takes it with --rubric or --criteria.",
+    epilog="Example:\n\n\b\n  patarm-lite rubrics show chat",
+)
+app.add_typer(rubrics_app, name="rubrics")
+store_app = typer.Typer(
+    cls=_Group,
+    rich_markup_mode=None,
+    help="Show and delete kept votes.\n\nJobs of judge and rank keep every vote in one file, texts in clear.",
+    epilog="""Example:
+
+\b
+  patarm-lite train smoke --force
+  patarm-lite export runs/smoke-seed1 -o my-judge --force
+  echo '{"prompt": "name a color", "response": "Red."}' |
+  patarm-lite judge my-judge/smoke-seed1-q8_0.gguf - --store votes.sqlite
+  patarm-lite store show --store votes.sqlite""",
+)
+app.add_typer(store_app, name="store")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -417,6 +440,211 @@ def calibrate(
     typer.echo(json.dumps(found, indent=2, ensure_ascii=False) if as_json else calibration_table(found))
 
 
+JudgeArgument = Annotated[str, typer.Argument(metavar="JUDGE", help="A GGUF judge, a folder or a server's URL.")]
+LinesArgument = typer.Argument(metavar="FILE|-", help="JSON lines to judge, or - for stdin.", show_default=False)
+LinesOut = Annotated[
+    Path | None, typer.Option("-o", "--out", metavar="OUT", help="The new file of JSON lines; none: stdout.")
+]
+VotesOption = Annotated[
+    str, typer.Option("--k", "--votes", metavar="N|auto", help="Votes a response; auto: as many as it takes.")
+]
+MostVotes = Annotated[int, typer.Option("--max-k", min=2, help="With --votes auto: votes a response at most.")]
+ScoreOption = Annotated[str, typer.Option(help="expected, sampled (spares the expected one) or both.")]
+RubricOption = Annotated[Path | None, typer.Option(metavar="FILE", help="A primary rubric, not the task's own.")]
+CriteriaOption = Annotated[Path | None, typer.Option(metavar="FILE", help="Pin the criteria; none: the judge's own.")]
+TaskOption = Annotated[str, typer.Option(help="chat, math, code, safety; auto: by the line's fields, then by words.")]
+DecodingOption = Annotated[
+    str | None, typer.Option(help="constrained or free; none: constrained where it can be.", show_default=False)
+]
+TokensOption = Annotated[int, typer.Option(min=1, help="Tokens of one judgement at most.")]
+SeedOption = Annotated[int, typer.Option(min=0, help="Seed of everything drawn.")]
+LongOption = Annotated[str, typer.Option(help="A prompt that is too long: error, or cut the response's middle.")]
+ContextOption = Annotated[
+    int | None, typer.Option(min=1, help="Tokens of a prompt and its judgement; none: 4096.", show_default=False)
+]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads; none: physical cores.")]
+ParallelOption = Annotated[
+    int | None, typer.Option(min=1, help="Votes written at once; none: 32, with a URL 8.", show_default=False)
+]
+TokenizerOption = Annotated[Path | None, typer.Option(metavar="FILE", help="With a URL: its GGUF or tokenizer.json.")]
+DeterministicFlag = Annotated[bool, typer.Option("--deterministic", help="Equal input, equal bits; slower.")]
+FieldOption = Annotated[str | None, typer.Option(metavar="NAME", help="The field that takes the result.")]
+StrictFlag = Annotated[bool, typer.Option("--strict", help="Stop at a line that can't be judged.")]
+StoreOption = Annotated[Path | None, typer.Option("--store", metavar="FILE", help="Where votes are kept, in clear.")]
+NoStoreFlag = Annotated[bool, typer.Option("--no-store", help="Keep no votes; a stopped job begins anew.")]
+
+
+@app.command(
+    name="judge",
+    epilog="""Example:
+
+\b
+  patarm-lite train smoke --force
+  patarm-lite export runs/smoke-seed1 -o my-judge --force
+  patarm-lite judge my-judge/smoke-seed1-q8_0.gguf --prompt 'name a color' --response 'Red.' --k 4""",
+)
+def judge_responses(
+    judge: JudgeArgument,
+    file: Annotated[str | None, LinesArgument] = None,
+    prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Instead of FILE: what was asked; - for stdin.")
+    ] = None,
+    response: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Instead of FILE: what is judged; - for stdin.")
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="With --prompt: a known good answer that the judge may read.")
+    ] = None,
+    out: LinesOut = None,
+    votes: VotesOption = "1",
+    most: MostVotes = 16,
+    score: ScoreOption = "both",
+    rubric: RubricOption = None,
+    criteria: CriteriaOption = None,
+    task: TaskOption = "auto",
+    decoding: DecodingOption = None,
+    max_tokens: TokensOption = 1024,
+    seed: SeedOption = 1,
+    long: LongOption = "error",
+    context: ContextOption = None,
+    threads: ThreadsOption = None,
+    parallel: ParallelOption = None,
+    tokenizer: TokenizerOption = None,
+    deterministic: DeterministicFlag = False,
+    field: FieldOption = None,
+    strict: StrictFlag = False,
+    store: StoreOption = None,
+    no_store: NoStoreFlag = False,
+    as_json: JsonFlag = False,
+    force: ForceFlag = False,
+) -> None:
+    """Judge responses: score, spread, rubric, findings.
+
+    A FILE's lines are objects with prompt, response and, if any, reference and task. One vote takes the likeliest
+    tokens, several are sampled. A server's key is read from PATARM_API_KEY.
+    """
+    settings = _settings_of_judge(
+        judge, votes, score, seed, max_tokens, decoding, rubric, criteria, task, long, context, threads, parallel,
+        tokenizer, deterministic,
+    )  # fmt: skip
+    if file is not None:
+        if (prompt, response, reference) != (None, None, None):
+            raise UserError("a FILE brings its own prompts; leave out --prompt, --response and --reference")
+        _judge_file(
+            "judge", judge, file, settings, out, votes, most, score, field, strict, force, store, no_store, as_json
+        )
+        return
+    if prompt is None or response is None:
+        raise UserError("judge needs a FILE (or -), or --prompt TEXT and --response TEXT")
+    if votes == "auto" or out is not None or store is not None or field is not None or strict or no_store or force:
+        raise UserError("a single response takes a number of votes, and no output or store; give a FILE for these")
+    prompt, response = _from_stdin(prompt, response)
+    from patarm_lite.judge.verdict_text import verdict_text
+
+    with _judge(judge, settings) as loaded:
+        found = loaded.score(prompt, response, reference, int(votes))
+    if as_json:
+        typer.echo(json.dumps(found.to_json(), indent=2, ensure_ascii=False))
+    else:
+        typer.echo(verdict_text(found, colour=_colour()))
+
+
+@app.command(
+    epilog="""Example:
+
+\b
+  patarm-lite train smoke --force
+  patarm-lite export runs/smoke-seed1 -o my-judge --force
+  echo '{"prompt": "name a color", "responses": ["Red.", "old stone"]}' |
+  patarm-lite rank my-judge/smoke-seed1-q8_0.gguf -""",
+)
+def rank(
+    judge: JudgeArgument,
+    file: Annotated[str, LinesArgument],
+    out: LinesOut = None,
+    votes: VotesOption = "1",
+    most: MostVotes = 16,
+    score: ScoreOption = "both",
+    rubric: RubricOption = None,
+    criteria: CriteriaOption = None,
+    task: TaskOption = "auto",
+    decoding: DecodingOption = None,
+    max_tokens: TokensOption = 1024,
+    seed: SeedOption = 1,
+    long: LongOption = "error",
+    context: ContextOption = None,
+    threads: ThreadsOption = None,
+    parallel: ParallelOption = None,
+    tokenizer: TokenizerOption = None,
+    deterministic: DeterministicFlag = False,
+    field: FieldOption = None,
+    strict: StrictFlag = False,
+    store: StoreOption = None,
+    no_store: NoStoreFlag = False,
+    as_json: JsonFlag = False,
+    force: ForceFlag = False,
+) -> None:
+    """Put several responses to each prompt in order.
+
+    A FILE's lines are objects with prompt and responses.
+    """
+    settings = _settings_of_judge(
+        judge, votes, score, seed, max_tokens, decoding, rubric, criteria, task, long, context, threads, parallel,
+        tokenizer, deterministic,
+    )  # fmt: skip
+    _judge_file("rank", judge, file, settings, out, votes, most, score, field, strict, force, store, no_store, as_json)
+
+
+@store_app.callback(invoke_without_command=True)
+def _store(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        show_store()
+
+
+@store_app.command(
+    name="show",
+    epilog="""Example:
+
+\b
+  patarm-lite train smoke --force
+  patarm-lite export runs/smoke-seed1 -o my-judge --force
+  echo '{"prompt": "name a color", "response": "Red."}' |
+  patarm-lite judge my-judge/smoke-seed1-q8_0.gguf - --store votes.sqlite
+  patarm-lite store show --store votes.sqlite""",
+)
+def show_store(store: StoreOption = None, as_json: JsonFlag = False) -> None:
+    """Say where the store is and what it holds."""
+    from patarm_lite.judge import verbs
+
+    typer.echo(verbs.show_store(store, as_json))
+
+
+@store_app.command(
+    name="delete",
+    epilog="""Example:
+
+\b
+  patarm-lite train smoke --force
+  patarm-lite export runs/smoke-seed1 -o my-judge --force
+  echo '{"prompt": "name a color", "response": "Red."}' |
+  patarm-lite judge my-judge/smoke-seed1-q8_0.gguf - --store votes.sqlite
+  patarm-lite store delete --all --store votes.sqlite""",
+)
+def delete_store(
+    judge: Annotated[
+        str | None, typer.Argument(metavar="JUDGE", help="Its fingerprint's beginning, or its GGUF file.")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Delete all votes and jobs.")] = False,
+    store: StoreOption = None,
+) -> None:
+    """Delete the kept votes of one judge, or all."""
+    if everything == (judge is not None):
+        raise UserError("store delete needs a JUDGE, or --all to delete everything; see: patarm-lite store show")
+    from patarm_lite.judge import verbs
+
+    typer.echo(verbs.delete_from_store(store, judge))
+
+
 @app.command(epilog="Example:\n\n\b\n  patarm-lite train smoke --force\n  patarm-lite report runs/smoke-seed1")
 def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
     """Write a run's report again.
@@ -477,6 +705,203 @@ def schema() -> None:
     from patarm_lite.recipe import Recipe
 
     typer.echo(json.dumps(Recipe.model_json_schema(), indent=2))
+
+
+@rubrics_app.callback(invoke_without_command=True)
+def _rubrics(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        list_rubrics()
+
+
+@rubrics_app.command(name="list", epilog="Example:\n\n\b\n  patarm-lite rubrics list")
+def list_rubrics() -> None:
+    """Name the tasks' primary rubrics with their criteria and weights."""
+    from patarm_lite.records import TASKS
+    from patarm_lite.rubrics import primary_rubric
+
+    for task in TASKS:
+        typer.echo(f"{task:6}  " + ", ".join(f"{c.name} ({c.weight})" for c in primary_rubric(task)))
+
+
+@rubrics_app.command(name="show", epilog="Example:\n\n\b\n  patarm-lite rubrics show math")
+def show_rubric(
+    name: Annotated[str, typer.Argument(metavar="TASK|FILE", help="A task's primary rubric, or a rubric file.")],
+    as_text: Annotated[bool, typer.Option("--as-read", help="The lines a judge reads, instead of YAML.")] = False,
+) -> None:
+    """Print a rubric, checked."""
+    from patarm_lite.judge.rubric_files import find_rubric, rubric_yaml
+    from patarm_lite.rubrics import rubric_text
+
+    found = find_rubric(name)
+    typer.echo(rubric_text(found.rubric) if as_text else rubric_yaml(found.rubric, found.task).rstrip("\n"))
+
+
+@rubrics_app.command(name="copy", epilog="Example:\n\n\b\n  patarm-lite rubrics copy chat ./my-rubric.yaml")
+def copy_rubric(
+    name: Annotated[str, typer.Argument(metavar="TASK|FILE", help="A task's primary rubric, or a rubric file.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="The new YAML file.")],
+) -> None:
+    """Save a rubric as YAML, to edit. An existing file is never replaced."""
+    from patarm_lite.judge.rubric_files import find_rubric, rubric_yaml
+
+    found = find_rubric(name)
+    _write(path, rubric_yaml(found.rubric, found.task), force=False)
+    typer.echo(path)
+    typer.echo(f"next: patarm-lite judge JUDGE --rubric {shlex.quote(str(path))} ...", err=True)
+
+
+@rubrics_app.command(
+    name="write",
+    epilog="""Example:
+
+\b
+  patarm-lite train smoke --force
+  patarm-lite export runs/smoke-seed1 -o my-judge --force
+  patarm-lite rubrics write my-judge/smoke-seed1-q8_0.gguf --prompt 'name a color' --response 'Red.'""",
+)
+def write_rubric(
+    judge: JudgeArgument,
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="What was asked; - for stdin.")],
+    response: Annotated[str, typer.Option(metavar="TEXT", help="A response to it; - for stdin.")],
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", metavar="OUT", help="The YAML file; none: printed.")
+    ] = None,
+    task: Annotated[str, typer.Option(help="chat, math, code, safety; auto: by words of the prompt.")] = "auto",
+    threads: ThreadsOption = None,
+    force: ForceFlag = False,
+) -> None:
+    """Let a judge write criteria for a prompt, to save, edit and pin.
+
+    The judge sees the response before it writes. Pin a file with: patarm-lite judge JUDGE --criteria FILE.
+    """
+    if out is not None:
+        _refuse_existing(out, force)
+    prompt, response = _from_stdin(prompt, response)
+    from patarm_lite.judge.rubric_files import rubric_yaml
+    from patarm_lite.judge.verbs import plan_of
+
+    free = _remote(judge) or Path(judge).is_dir()
+    plan = plan_of("1", "sampled", decoding="free" if free else "constrained")
+    with _judge(judge, {"plan": plan, "task": task, "threads": threads}) as loaded:
+        found = loaded.score(prompt, response)
+    if not found.rubric:
+        raise UserError("the judge wrote no rubric that can be read; try another response")
+    text = rubric_yaml(found.rubric, found.task)
+    if out is None:
+        typer.echo(text.rstrip("\n"))
+    else:
+        _write(out, text, force)
+        typer.echo(out)
+        typer.echo(f"next: {shlex.join(['patarm-lite', 'judge', judge, '--criteria', str(out)])} ...", err=True)
+
+
+@contextlib.contextmanager
+def _judge(place: str, settings: Mapping[str, Any]) -> Iterator[Judge]:
+    """A loaded judge. What it warns of becomes a line on stderr."""
+    import warnings
+
+    from patarm_lite.judge.fitting import CutWarning
+    from patarm_lite.judge.judge import Judge
+
+    with Judge.load(place, **settings) as judge, warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always", CutWarning)
+        yield judge
+    for warning in warned:
+        typer.echo(f"warning: {' '.join(str(warning.message).split())}", err=True)
+
+
+def _settings_of_judge(
+    place: str,
+    votes: str,
+    score: str,
+    seed: int,
+    max_tokens: int,
+    decoding: str | None,
+    rubric: Path | None,
+    criteria: Path | None,
+    task: str,
+    long: str,
+    context: int | None,
+    threads: int | None,
+    parallel: int | None,
+    tokenizer: Path | None,
+    deterministic: bool,
+) -> dict[str, Any]:
+    """Options as `Judge.load` takes them. Only a GGUF file here can be held to the protocol."""
+    from patarm_lite.judge.verbs import plan_of
+
+    if decoding not in (None, "constrained", "free"):
+        raise UserError(f"--decoding {decoding!r} is not one of constrained, free")
+    free = decoding == "free" or (decoding is None and (_remote(place) or Path(place).is_dir()))
+    return {
+        "plan": plan_of(votes, score, seed, max_tokens, "free" if free else "constrained"),
+        "rubric": rubric,
+        "criteria": criteria,
+        "task": task,
+        "long": long,
+        "context": context,
+        "threads": threads,
+        "sequences": parallel,
+        "tokenizer": tokenizer,
+        "deterministic": deterministic,
+        "key": (os.environ.get("PATARM_API_KEY") or None) if _remote(place) else None,
+    }
+
+
+def _judge_file(
+    kind: Literal["judge", "rank"],
+    place: str,
+    source: str,
+    settings: Mapping[str, Any],
+    out: Path | None,
+    votes: str,
+    most: int,
+    score: str,
+    field: str | None,
+    strict: bool,
+    force: bool,
+    store: Path | None,
+    no_store: bool,
+    as_json: bool,
+) -> None:
+    """Do a job of `judge` or `rank`."""
+    if no_store and store is not None:
+        raise UserError("--store and --no-store can't both hold; leave out one")
+    from patarm_lite.judge.judge import Judge
+    from patarm_lite.judge.verbs import SCORES, FileJob, run_file
+
+    job = FileJob(
+        kind=kind,
+        source=source,
+        out=out,
+        votes=votes,
+        most=most,
+        score=next(known for known in SCORES if known == score),
+        field=field,
+        strict=strict,
+        force=force,
+        store=store,
+        keep=not no_store,
+        as_json=as_json,
+    )
+    run_file(job, lambda: Judge.load(place, **settings), None if _remote(place) else Path(place))
+
+
+def _remote(place: str) -> bool:
+    return place.startswith(("http://", "https://"))
+
+
+def _from_stdin(prompt: str, response: str) -> tuple[str, str]:
+    if prompt == "-" and response == "-":
+        raise UserError("--prompt and --response can't both be -; give one of them as TEXT")
+    if "-" not in (prompt, response):
+        return prompt, response
+    text = sys.stdin.buffer.read().decode("utf-8", "replace").removesuffix("\n")
+    return (text, response) if prompt == "-" else (prompt, text)
+
+
+def _colour() -> bool:
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
 def _go_offline() -> None:

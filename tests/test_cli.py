@@ -27,6 +27,12 @@ VERBS = [
     ["export"],
     ["inspect"],
     ["calibrate"],
+    ["judge"],
+    ["rank"],
+    ["store"],
+    *(["store", verb] for verb in ("show", "delete")),
+    ["rubrics"],
+    *(["rubrics", verb] for verb in ("list", "show", "copy", "write")),
     ["recipes"],
     *(["recipes", verb] for verb in ("list", "show", "copy", "schema")),
 ]
@@ -155,7 +161,7 @@ def test_the_version_is_that_of_the_package(typed: Type) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["tran"], "Did you mean 'train'?"),
+        (["tran"], "Did you mean 'train'"),
         (["train", "tiny", "--sed", "1"], "--seed"),
         (["train", "tiny", "--seed", "one"], "'--seed'"),
         (["train", "tiny", "smoke"], "smoke"),

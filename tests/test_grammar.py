@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from patarm_lite.errors import UserError
 from patarm_lite.judge.grammar import Form, Rules
-from patarm_lite.judge.llamacpp import draw, race
+from patarm_lite.judge.sampling import draw, race
 from patarm_lite.verdicts import parse
 
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<think>", "</think>"]

@@ -15,7 +15,8 @@ from little_gguf import write_little_gguf
 
 from patarm_lite.errors import UserError
 from patarm_lite.gguf_file import read_gguf
-from patarm_lite.judge.llamacpp import LlamaCpp, _Run, draw, softmax
+from patarm_lite.judge.llamacpp import LEAST_SHARED, LlamaCpp, Work, _Run
+from patarm_lite.judge.sampling import draw, softmax
 from patarm_lite.metrics import expected_score
 from patarm_lite.prompts import Encoder, Protocol
 from patarm_lite.records import Criterion, Turn, Vote
@@ -237,6 +238,133 @@ def test_expected_scores_are_read_behind_the_score_tag_whatever_was_drawn(
         assert (vote.expected is None) == (score is None)
         assert abs((vote.expected or 0) - (score or 0)) < 1e-3
     assert len(written) == 32 and {1, 10} <= {vote.verdict.score for side in found for vote in side}
+
+
+def numbered(found: Any) -> dict[tuple[int, int], tuple[str, int]]:
+    return {(place, index): (vote.text, vote.tokens) for place, index, vote in found}
+
+
+@pytest.mark.parametrize("decoding", ["free", "constrained"])
+def test_further_votes_are_those_that_more_votes_at_once_would_have_given(
+    model: LlamaCpp, encoder: Encoder, decoding: str
+) -> None:
+    asked = prompts(encoder, 4)
+    options: dict[str, Any] = {"encoder": encoder, "seed": 2, "max_tokens": LEAST, "decoding": decoding}
+    votes = plain(model.votes(asked, 6, **options))
+    assert plain(model.votes(asked, 2, first=4, **options)) == [side[4:] for side in votes]
+    wanted = [(asked[0], [5]), (asked[1], []), (asked[2], [0, 3]), (asked[3], range(2, 4))]
+    found = numbered(model.stream(wanted, **options))
+    assert found == {(p, n): votes[p][n] for p, n in [(0, 5), (2, 0), (2, 3), (3, 2), (3, 3)]}
+
+
+def test_what_prompts_have_in_common_is_read_once(model: LlamaCpp, encoder: Encoder) -> None:
+    options: dict[str, Any] = {"encoder": encoder, "seed": 2, "max_tokens": 30}
+    asked = prompts(encoder, 6)
+    alone = [plain(model.votes([prompt], 3, **options))[0] for prompt in asked]
+    model.work = Work()
+    assert plain(model.votes(asked[:2], 3, **options)) == alone[:2]  # six votes, so a slot for each
+    common = next(n for n, (a, b) in enumerate(zip(*asked[:2], strict=False)) if a != b)
+    assert common > LEAST_SHARED
+    assert (model.work.read, model.work.shared) == (len(asked[0]) + len(asked[1]) - common, common)
+    model.work = Work()
+    assert plain(model.votes([*asked, asked[5]], 3, **options)) == [*alone, alone[5]]
+    total = sum(map(len, asked)) + len(asked[5])
+    assert model.work.read + model.work.shared == total and model.work.read < total / 2
+
+
+def test_what_the_last_call_read_may_be_kept(model: LlamaCpp, encoder: Encoder) -> None:
+    options: dict[str, Any] = {"encoder": encoder, "seed": 2, "max_tokens": 30}
+    asked = prompts(encoder, 3)
+    votes = plain(model.votes(asked, 4, **options))
+    list(model.stream([(prompt, [0, 1]) for prompt in asked], **options))
+    model.work = Work()
+    found = numbered(model.stream([(prompt, [2, 3]) for prompt in asked], keep=True, **options))
+    assert model.work.read == 3  # the last token of each, for its logits
+    assert found == {(p, n): votes[p][n] for p in range(3) for n in (2, 3)}
+    found = numbered(model.stream([(prompt, [2]) for prompt in asked[::-1]], keep=True, **options))
+    assert found == {(p, 2): votes[2 - p][2] for p in range(3)}
+
+
+def test_deterministic_votes_are_the_same_bit_for_bit_whatever_else_is_asked_for(
+    little: Path, encoder: Encoder
+) -> None:
+    """With the rounding cache and attention of every day, where batches of another shape give other bits."""
+    with LlamaCpp.load(little, context=1500, sequences=8, threads=1) as everyday:
+        asked = prompts(encoder, 6)
+        options: dict[str, Any] = {
+            "encoder": encoder,
+            "seed": 2,
+            "max_tokens": LEAST,
+            "decoding": "constrained",
+            "deterministic": True,
+        }
+        votes = everyday.votes(asked, 3, **options)
+        assert everyday.votes(asked, 3, **options) == votes
+        assert everyday.votes(asked[::-1], 3, **options) == votes[::-1]
+        everyday.logits(asked[0] * 5)
+        everyday.votes(asked, 5, **{**options, "deterministic": False})
+        assert [everyday.votes([prompt], 3, **options)[0] for prompt in asked] == votes
+    with LlamaCpp.load(little, context=1500, sequences=8, threads=1) as fresh:
+        assert fresh.votes(asked[3:5], 3, **options) == votes[3:5]
+
+
+def test_votes_end_where_the_model_is_used_for_something_else(model: LlamaCpp, encoder: Encoder) -> None:
+    options: dict[str, Any] = {"encoder": encoder, "seed": 1, "max_tokens": 20}
+    asked = [(prompt, range(4)) for prompt in prompts(encoder, 5)]
+    found = model.stream(asked, **options)
+    next(found)
+    model.logits(asked[0][0])
+    with pytest.raises(ValueError, match="used for something else"):
+        list(found)
+    assert len(list(model.stream(asked, **options))) == 20
+
+
+def test_top_k_of_one_is_the_likeliest_token(model: LlamaCpp, encoder: Encoder) -> None:
+    options: dict[str, Any] = {"encoder": encoder, "seed": 1, "max_tokens": 20}
+    asked = [(prompt, [0]) for prompt in prompts(encoder, 3)]
+    assert numbered(model.stream(asked, top_k=1, **options)) == numbered(
+        model.stream(asked, temperature=0.0, **options)
+    )
+
+
+def test_a_cache_that_may_take_little_memory_holds_fewer_votes_at_once(little: Path, encoder: Encoder) -> None:
+    """A token takes 2 layers x 1 head x (16 + 16) numbers of 16 bits: 128 bytes, and 256 tokens 32,768."""
+    options: dict[str, Any] = {"encoder": encoder, "seed": 1, "max_tokens": 20}
+    asked = prompts(encoder, 2)
+    with LlamaCpp.load(little, threads=1, memory=3 * 32_768) as small:
+        assert len(small.votes(asked, 8, **options)[1]) == 8
+        assert (small._room, small._streams) == (256, 3)
+        long = (asked[0] * 30)[:700]
+        assert len(small.votes([long], 2, **options)[0]) == 2
+        assert (small._room, small._streams) == (768, 1)
+        assert len(small.votes(asked, 8, **options)[1]) == 8
+        assert (small._room, small._streams) == (256, 3)
+
+
+# scores with nothing written
+
+
+def test_scores_at_once_are_read_from_the_digits_after_an_empty_judgement(model: LlamaCpp, encoder: Encoder) -> None:
+    asked = prompts(encoder, 11)  # more than the eight sequences
+    digits = [model.tokenize(str(digit))[0] for digit in range(10)]
+    for opening in ("<score>", "<generated_rubrics>\n</generated_rubrics>\n<eval>\n</eval>\n<score>"):
+        for prompt, (expected, mass) in zip(asked, model.scores(asked, encoder=encoder, opening=opening), strict=True):
+            ids = [*prompt, *model.tokenize(opening)]
+            first, second = map(softmax, model.logits([*ids, digits[1]], [len(ids) - 1, len(ids)]))
+            close = model.tokenize("</score>")[0]
+            score, there = expected_score(first[digits[1:]].tolist(), float(second[digits[0]]), float(second[close]))
+            assert abs(mass - there) < 1e-5 and (expected is None) == (score is None)
+            assert abs((expected or 0) - (score or 0)) < 1e-3
+    assert model.scores(asked, encoder=encoder) == model.scores(asked, encoder=encoder, opening=opening)
+    assert model.scores([], encoder=encoder) == []
+
+
+def test_a_score_at_once_costs_one_prefill_and_one_token(model: LlamaCpp, encoder: Encoder) -> None:
+    asked = prompts(encoder, 3)
+    before = model.work.read + model.work.shared
+    model.scores(asked, encoder=encoder, opening="<score>")
+    opening = len(model.tokenize("<score>"))
+    assert model.work.read + model.work.shared - before == sum(map(len, asked)) + 3 * opening
 
 
 def test_drawing_inverts_the_cumulated_distribution() -> None:

@@ -120,3 +120,46 @@ def test_the_child_imports_neither_torch_nor_transformers(sound: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, str(sound)], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["None", "False", "False"] and done.stderr == ""
+
+
+# waiting and threads
+
+
+def waiting(**environment: str) -> list[str]:
+    """What OpenMP is told by a process that has loaded the library, on a machine said to be idle or busy."""
+    load = environment.pop("load")
+    program = (
+        f"import os; os.getloadavg = lambda: ({load}, 0, 0)\n"
+        "from patarm_lite.judge.loading import library; library()\n"
+        "print(os.environ.get('OMP_WAIT_POLICY'), os.environ.get('GOMP_SPINCOUNT'))"
+    )
+    kept = {key: value for key, value in os.environ.items() if key not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    done = subprocess.run([sys.executable, "-c", program], env=kept | environment, capture_output=True, check=True)
+    return done.stdout.decode().split()
+
+
+def test_threads_spin_a_little_sleep_on_a_busy_machine_and_do_as_the_user_says() -> None:
+    assert waiting(load="0.0") == ["None", "1000"]
+    assert waiting(load="1000.0") == ["None", "0"]
+    assert waiting(load="1000.0", GOMP_SPINCOUNT="7") == ["None", "7"]
+    assert waiting(load="0.0", OMP_WAIT_POLICY="PASSIVE") == ["PASSIVE", "None"]
+
+
+def test_threads_of_one_core_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four logical cores, of which 0 and 2 share a core, as 1 and 3 do; then only 0 and 2 may be used; then no list."""
+    lists = {0: "0,2\n", 1: "1,3\n", 2: "0,2\n", 3: "1,3\n"}
+
+    def told(path: Path) -> str:
+        return lists[int(path.parts[5].removeprefix("cpu"))]
+
+    monkeypatch.setattr(Path, "read_text", told)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
+    assert loading.physical_cores() == 2
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 2}, raising=False)
+    assert loading.physical_cores() == 1
+
+    def nothing(path: Path) -> str:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(Path, "read_text", nothing)
+    assert loading.physical_cores() == 2

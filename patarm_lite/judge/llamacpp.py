@@ -4,9 +4,10 @@
         encoder = model.encoder(protocol)
         votes = model.votes([encoder.prompt_ids(...)], k=8, encoder=encoder, seed=1, max_tokens=512)
 
-The k votes of a prompt share its one prefill: the prompt's sequence is copied whole. Up to `sequences` votes are live
-at once, each one token a step; when a prompt's votes are done the next prompt takes their places. Logits are asked for
-only where a token is drawn, and drawn tokens come from numpy.
+What a prompt has in common with one read before is not read again: the sequence that holds it is copied whole and cut.
+So the k votes of a prompt share one prefill, and the responses of a prompt share what stands before them. Up to
+`sequences` votes are live at once, each one token a step, and where one ends the next one begins. Logits are asked for
+only where a token is drawn, and tokens are drawn in numpy (`sampling`).
 
 llama.cpp ends the process where a call breaks its rules (too many tokens in a batch, an unknown token id, a part of a
 sequence copied), so every number that goes into it is checked here first. One `LlamaCpp` serves one thread at a time.
@@ -16,12 +17,14 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import heapq
 import os
 import re
+import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -32,9 +35,10 @@ from numpy.typing import NDArray
 from patarm_lite.errors import UserError
 from patarm_lite.gguf_file import read_gguf
 from patarm_lite.judge.grammar import Form, Rules
-from patarm_lite.judge.loading import LOG, check_file, check_header, library
+from patarm_lite.judge.loading import ARCHITECTURE, LOG, check_file, check_header, library, physical_cores
+from patarm_lite.judge.sampling import draw, probabilities, race
 from patarm_lite.metrics import expected_score
-from patarm_lite.prompts import Encoder, Protocol
+from patarm_lite.prompts import NO_THINKING, Encoder, Protocol
 from patarm_lite.records import Vote
 from patarm_lite.verdicts import parse
 
@@ -47,16 +51,40 @@ ROWS = 128
 """Rows of logits of one call, at most: at 152k tokens a row is 0.6 MB."""
 MOST_SEQUENCES = 256
 """llama.cpp's own limit."""
-WIDEST_GAP = 8
-"""llama.cpp computes sequences together only where their numbers follow one another; a gap up to this is filled with
-sequences of one token, since a second pass over the weights costs more than these."""
 CELLS = 256
 """The cache of a sequence grows in steps of this many tokens."""
+LEAST_SHARED = 16
+"""Fewer common tokens are read again: copying a sequence costs more."""
+MEMORY = 4 << 30
+"""Bytes that the cache may take. Qwen3-0.6B takes 114,688 a token, Qwen3-8B 147,456."""
 DECODINGS = ("free", "constrained")
 CACHES = ("f16", "f32")
 OPEN, CLOSE = "<score>", "</score>"
+NOTHING_WRITTEN = "<generated_rubrics>\n</generated_rubrics>\n<eval>\n</eval>\n<score>"
+"""A judgement without rubric and findings, up to its score. On a trained judge the digits after it hold 0.99 of the
+probability, after a bare `<score>` 0.002."""
 ADDED_KINDS = (3, 4)
 """Control and user-defined, in a file's `tokenizer.ggml.token_type`."""
+
+
+@dataclass(slots=True)
+class Work:
+    """What the engine has done since it was loaded; benchmarks read it.
+
+    `read`: prompt tokens computed. `shared`: prompt tokens copied instead. `fed`: tokens of judgements computed, in
+    `steps` calls. `forced`: tokens that the protocol wrote. `drawn`: tokens drawn, `raced` of them a second time,
+    since the first draw was not allowed. `decoding` and `sampling`: seconds in llama.cpp, and in choosing tokens.
+    """
+
+    read: int = 0
+    shared: int = 0
+    fed: int = 0
+    steps: int = 0
+    forced: int = 0
+    drawn: int = 0
+    raced: int = 0
+    decoding: float = 0.0
+    sampling: float = 0.0
 
 
 @dataclass(slots=True)
@@ -89,6 +117,7 @@ class LlamaCpp:
         vocab_size: number of tokens.
         added: control and user-defined tokens, spelling -> id.
         context: tokens that a prompt and its judgement may have together.
+        work: counts and seconds since loading.
     """
 
     def __init__(self, path: Path, model: Any, settings: dict[str, Any]) -> None:
@@ -99,11 +128,15 @@ class LlamaCpp:
         self.vocab_size = int(llama.llama_vocab_n_tokens(self._vocabulary))
         self.context = min(settings["context"], int(llama.llama_model_n_ctx_train(model)))
         self._pieces: dict[int, bytes] = {}
-        self.added = added_tokens(read_gguf(path).metadata)
+        metadata = read_gguf(path).metadata
+        self.added = added_tokens(metadata)
+        self._cell = cell_numbers(metadata) * (2 if settings["cache"] == llama.GGML_TYPE_F16 else 4)
         self._spelled = re.compile(f"({'|'.join(map(re.escape, sorted(self.added, key=len, reverse=True)))})")
         self._context: Any = None
-        self._room = self._streams = 0
+        self._room = self._streams = self._turn = 0
+        self._held: dict[int, NDArray[np.int32]] = {}
         self._batch = _Batch(llama)
+        self.work = Work()
 
     @classmethod
     def load(
@@ -115,6 +148,7 @@ class LlamaCpp:
         threads: int | None = None,
         cache: str = "f16",
         flash_attention: bool = True,
+        memory: int = MEMORY,
         check: bool = True,
         verbose: bool = False,
     ) -> LlamaCpp:
@@ -124,10 +158,11 @@ class LlamaCpp:
             path: the file.
             context: tokens that a prompt and its judgement may have together, at most; the model's own limit holds
                 too. Memory is taken for what a call needs, not for this.
-            sequences: votes that are written at once, 1 to 256.
-            threads: by default OMP_NUM_THREADS where that is set, else the cores this process may use.
+            sequences: votes that are written at once, at most; 1 to 256.
+            threads: by default OMP_NUM_THREADS where that is set, else the physical cores this process may use.
             cache: `f16`, or `f32` for comparisons.
             flash_attention: off for comparisons.
+            memory: bytes that the cache may take: long prompts are judged fewer at once, but at least one.
             check: whether the file is first loaded by a child process (see `loading.check_file`).
             verbose: whether llama.cpp's log goes to stderr.
 
@@ -154,6 +189,7 @@ class LlamaCpp:
             "context": context,
             "sequences": sequences,
             "threads": threads or _threads(),
+            "memory": memory,
             "cache": llama.GGML_TYPE_F16 if cache == "f16" else llama.GGML_TYPE_F32,
             "flash": llama.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attention else llama.LLAMA_FLASH_ATTN_TYPE_DISABLED,
         }
@@ -248,6 +284,44 @@ class LlamaCpp:
         _finite(found.max(axis=1, initial=-np.inf), self.path)
         return found[[at[row] for row in wanted]]
 
+    def scores(
+        self, prompts: Sequence[Ids], *, encoder: Encoder, opening: str = NOTHING_WRITTEN
+    ) -> list[tuple[float | None, float]]:
+        """Expected score and digit mass of each prompt where the judge must score at once, with nothing written before.
+
+        That is another judge than the one that writes its findings: how far both agree is to be measured. It costs one
+        prefill and one token more, for the way on from a "1".
+
+        Args:
+            prompts: P lists of ids.
+            encoder: this vocabulary's, see `encoder`.
+            opening: what is forced before the digits; it ends with `<score>`.
+
+        Raises:
+            UserError: a prompt that doesn't fit the context, or a model that answers NaN.
+        """
+        before = self.tokenize((NO_THINKING if encoder.protocol.thinking else "") + opening)
+        digits = [_only(self.tokenize(str(digit)), digit) for digit in range(10)]
+        ways = [digits[0], self.tokenize(CLOSE)[0]]
+        self._check_prompts(prompts, len(before) + 1)
+        if not prompts:
+            return []
+        slots = self._make_room(max(map(len, prompts)) + len(before) + 1, len(prompts))
+        self._clear()
+        found: list[tuple[float | None, float]] = []
+        for first in range(0, len(prompts), slots):
+            asked = [np.array([*prompt, *before], np.int32) for prompt in prompts[first : first + slots]]
+            ones = []
+            for slot, ids in enumerate(asked):
+                row = self._read(ids, slot)
+                _finite(row.max(axis=1), self.path)
+                ones.append(probabilities(row[0], digits[1:]))
+            count = len(asked)
+            rows = self._decode([digits[1]] * count, list(map(len, asked)), range(count), [True] * count)
+            _finite(rows.max(axis=1), self.path)
+            found += [expected_score(p, *probabilities(row, ways)) for p, row in zip(ones, rows, strict=True)]
+        return found
+
     # votes
 
     def votes(
@@ -257,53 +331,104 @@ class LlamaCpp:
         *,
         encoder: Encoder,
         seed: int,
+        first: int = 0,
         temperature: float = 1.0,
         decoding: str = "free",
         max_tokens: int,
         expected: bool = True,
         progress: Callable[[int, int], None] | None = None,
+        deterministic: bool = False,
     ) -> list[tuple[Vote, ...]]:
-        """k votes for each prompt (token ids), in the order given.
+        """k votes for each prompt (token ids), in the order given; those with the indices from `first` on.
+
+        Arguments and errors are those of `stream`; `progress` is called with (prompts done, P).
+        """
+        if k < 1:
+            raise UserError(f"k is {k} and must be at least 1")
+        found: list[dict[int, Vote]] = [{} for _ in prompts]
+        done = 0
+        for place, index, vote in self.stream(
+            [(prompt, range(first, first + k)) for prompt in prompts],
+            encoder=encoder,
+            seed=seed,
+            temperature=temperature,
+            decoding=decoding,
+            max_tokens=max_tokens,
+            expected=expected,
+            deterministic=deterministic,
+        ):
+            found[place][index] = vote
+            if len(found[place]) == k:
+                done += 1
+                if progress is not None:
+                    progress(done, len(prompts))
+        return [tuple(votes[index] for index in sorted(votes)) for votes in found]
+
+    def stream(
+        self,
+        asked: Sequence[tuple[Ids, Sequence[int]]],
+        *,
+        encoder: Encoder,
+        seed: int,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        decoding: str = "free",
+        max_tokens: int,
+        expected: bool = True,
+        deterministic: bool = False,
+        keep: bool = False,
+        form: Callable[[], Form] | None = None,
+    ) -> Iterator[tuple[int, int, Vote]]:
+        """Votes as they are finished: (place in `asked`, index of the vote, vote).
 
         The chance that draws a token is fixed by (seed, prompt, vote's index, place of the token), by nothing else: two
-        quantizations of one judge draw alike, and the first 8 votes of 16 are the 8 votes of 8.
+        quantizations of one judge draw alike, and the first 8 votes of 16 are the 8 votes of 8. Logits differ in their
+        last bits with what else stands in a batch, so now and then a vote does too, unless `deterministic`.
 
         Args:
-            prompts: P lists of ids.
-            k: votes a prompt.
+            asked: prompts as ids, each with the indices of the votes wanted. Prompts that begin alike are best given
+                one after another.
             encoder: this vocabulary's, see `encoder`.
             seed: of the draws.
-            temperature: 0 takes the likeliest token. The full distribution otherwise (top_p 1, no top_k).
+            temperature: 0 takes the likeliest token. The full distribution otherwise (top_p 1).
+            top_k: only the k likeliest tokens; 0, the default, is all of them.
             decoding: `free`, or `constrained` to the protocol's form: readable by construction.
             max_tokens: of a judgement, its end token included.
             expected: whether the expected score is measured too (at temperature 1, whatever the grammar forbids).
-            progress: called with (prompts done, P).
+            deterministic: one prompt at a time, from an empty cache: its votes are the same, bit for bit, whatever
+                else is asked for, on one machine with the same indices, `sequences` and threads. Slower.
+            keep: whether what the last call read may be used: for more votes on the same prompts.
+            form: makes the form that constrains a judgement, in place of the protocol's.
 
         Raises:
             UserError: a prompt that doesn't fit the context, too few tokens for any judgement in constrained decoding,
                 or a model that answers NaN.
+            ValueError: the model was used for something else, or closed, before all votes were taken.
         """
         if decoding not in DECODINGS:
             raise UserError(f"decoding {decoding!r} is not one of {', '.join(DECODINGS)}")
-        if k < 1 or max_tokens < 1 or temperature < 0:
+        if max_tokens < 1 or temperature < 0 or top_k < 0:
             raise UserError(
-                f"k {k} and max_tokens {max_tokens} must be at least 1, temperature {temperature} at least 0"
+                f"max_tokens {max_tokens} must be at least 1, temperature {temperature} and top_k {top_k} at least 0"
             )
-        for number, prompt in enumerate(prompts):
-            if not prompt:
-                raise ValueError(f"prompt {number} has no tokens")
-            self._check_ids(prompt)
-            self._check_length(len(prompt), max_tokens, f"prompt {number + 1} of {len(prompts)}")
-        if not prompts:
-            return []
-        rules = None
-        if decoding == "constrained":
+        if any(index < 0 for _, indices in asked for index in indices):
+            raise UserError("the index of a vote must be at least 0")
+        self._check_prompts([prompt for prompt, _ in asked], max_tokens)
+        votes = sum(len(indices) for _, indices in asked)
+        if not votes:
+            return iter(())
+        if decoding == "constrained" and form is None:
             rules = self._rules_of(encoder)
             rules.check_budget(max_tokens)
-        run = _Run(self, prompts, k, encoder, seed, temperature, rules, max_tokens, expected, progress)
-        self._make_room(max(map(len, prompts)) + max_tokens + 1, min(self._settings["sequences"], k * len(prompts)))
-        self._clear()
-        return run.votes()
+            form = partial(Form, rules, max_tokens)
+        run = _Run(self, asked, encoder, seed, temperature, top_k, form, max_tokens, expected, deterministic)
+        longest = max(len(prompt) for prompt, indices in asked if indices)
+        slots = self._make_room(longest + max_tokens + 1, votes)
+        if keep and not deterministic:
+            self._turn += 1
+        else:
+            self._clear()
+        return run.votes(slots)
 
     @cached_property
     def _rules(self) -> dict[tuple[bool, int], Rules]:
@@ -334,12 +459,29 @@ class LlamaCpp:
                 " shorten it, or load the judge with a larger context"
             )
 
-    def _make_room(self, tokens: int, sequences: int) -> None:
-        """A context with at least that many sequences of at least that many tokens."""
+    def _check_prompts(self, prompts: Sequence[Ids], more: int) -> None:
+        for number, prompt in enumerate(prompts):
+            if not len(prompt):
+                raise ValueError(f"prompt {number} has no tokens")
+            self._check_ids(prompt)
+            self._check_length(len(prompt), more, f"prompt {number + 1} of {len(prompts)}")
+
+    def _make_room(self, tokens: int, votes: int) -> int:
+        """A context for so many votes of at least that many tokens: how many of them may be written at once.
+
+        That number depends on nothing that was asked before.
+        """
         tokens = -(-tokens // CELLS) * CELLS
-        if self._context and tokens <= self._room and sequences <= self._streams:
-            return
-        tokens, sequences = max(tokens, self._room), max(sequences, self._streams)
+        fits = self._settings["memory"] // (tokens * self._cell)
+        wanted = max(1, min(votes, self._settings["sequences"], fits))
+        if self._context and tokens <= self._room and wanted <= self._streams:
+            return int(wanted)
+        larger = max(tokens, self._room), max(wanted, self._streams)
+        affordable = larger[0] * larger[1] * self._cell <= self._settings["memory"]
+        self._open_context(*(larger if affordable else (tokens, wanted)))
+        return int(wanted)
+
+    def _open_context(self, tokens: int, sequences: int) -> None:
         self._close_context()
         llama = self._llama
         settings = llama.llama_context_default_params()
@@ -357,7 +499,7 @@ class LlamaCpp:
         if not self._context:
             raise UserError(
                 f"llama.cpp made no context of {sequences} sequences with {tokens} tokens each: {LOG.reason()};"
-                " load the judge with fewer sequences"
+                " load the judge with fewer sequences, or allow it less memory"
             )
         if llama.llama_n_ctx_seq(self._context) < tokens or llama.llama_n_batch(self._context) < min(BATCH, tokens):
             raise AssertionError("llama.cpp made a smaller context than asked for")
@@ -370,9 +512,17 @@ class LlamaCpp:
             self._llama.llama_free(self._context)
         self._context = None
         self._room = self._streams = 0
+        self._held = {}
+        self._turn += 1
 
     def _clear(self) -> None:
+        """An empty cache, and an end to the votes that were being written."""
+        self._forget()
+        self._turn += 1
+
+    def _forget(self) -> None:
         self._llama.llama_memory_clear(self._memory, False)
+        self._held = {}
 
     def _decode(self, tokens: Ids, places: Ids, slots: Ids, flags: Sequence[bool]) -> Floats:
         """One call of llama.cpp: the flagged rows' logits, in order. The array is llama.cpp's until the next call."""
@@ -381,7 +531,9 @@ class LlamaCpp:
         if not fits or max(places) >= self._room or min(slots) < 0 or max(slots) >= self._streams:
             raise AssertionError(f"a batch of {count} tokens and {rows} rows does not fit this context")
         LOG.forget()
+        begun = time.perf_counter()
         status = self._llama.llama_decode(self._context, self._batch.of(tokens, places, slots, flags))
+        self.work.decoding += time.perf_counter() - begun
         if status != 0:
             raise UserError(f"llama.cpp could not go on with {self.path} (status {status}): {LOG.reason()}")
         if not rows:
@@ -391,17 +543,52 @@ class LlamaCpp:
             raise AssertionError("llama.cpp gave no logits")
         return np.ctypeslib.as_array(pointer, (rows, self.vocab_size))
 
-    def _prefill(self, ids: Ids, slots: Sequence[int]) -> Floats:
-        """A prompt into the first slot, and from there into the others whole: the last token's logits [1, V]."""
-        self._empty(slots)
+    def _read(self, ids: NDArray[np.int32], slot: int) -> Floats:
+        """A prompt into a slot: the last token's logits [1, V]. What another slot knows of it is copied."""
         out = np.empty((0, self.vocab_size), np.float32)
-        for start in range(0, len(ids), self._largest):
+        known = self._bring(ids, slot)
+        for start in range(known, len(ids), self._largest):
             stop = min(start + self._largest, len(ids))
             flags = [row == len(ids) - 1 for row in range(start, stop)]
-            out = self._decode(ids[start:stop], range(start, stop), [slots[0]] * (stop - start), flags)
-        for slot in slots[1:]:
-            self._llama.llama_memory_seq_cp(self._memory, slots[0], slot, -1, -1)
+            out = self._decode(ids[start:stop].tolist(), range(start, stop), [slot] * (stop - start), flags)
+        self._held[slot] = ids
+        self.work.read += len(ids) - known
+        self.work.shared += known
         return out
+
+    def _repeat(self, ids: NDArray[np.int32], slot: int) -> None:
+        """A prompt that was just read, into another slot (or the same one, where its vote has ended)."""
+        if self._held.get(slot) is not ids:
+            self._copy(next(other for other, held in self._held.items() if held is ids), slot)
+        self._cut(slot, len(ids))
+        self._held[slot] = ids
+
+    def _bring(self, ids: NDArray[np.int32], slot: int) -> int:
+        """The longest known beginning of `ids` into a slot, its last token left out, and nothing else: its length.
+
+        A sequence is copied only where it knows more than `LEAST_SHARED` tokens beyond what the slot holds.
+        """
+        lengths = {id(held): _common(held, ids) for held in self._held.values()}
+        source = max(self._held, key=lambda other: lengths[id(self._held[other])], default=slot)
+        if slot in self._held:
+            own = lengths[id(self._held[slot])]
+            source = slot if lengths[id(self._held[source])] <= own + LEAST_SHARED else source
+        known = min(len(ids) - 1, lengths[id(self._held[source])]) if source in self._held else 0
+        if known < LEAST_SHARED:
+            known, source = 0, slot
+        if source != slot:
+            self._copy(source, slot)
+        self._held.pop(slot, None)
+        if known:
+            self._cut(slot, known)
+        else:
+            self._empty([slot])
+        return known
+
+    def _copy(self, source: int, slot: int) -> None:
+        """A sequence into another slot, whole: between the caches of two sequences llama.cpp allows nothing else."""
+        self._empty([slot])
+        self._llama.llama_memory_seq_cp(self._memory, source, slot, -1, -1)
 
     def _empty(self, slots: Iterable[int]) -> None:
         for slot in slots:
@@ -439,110 +626,138 @@ class _Batch:
 
 
 class _Run:
-    """One call of `LlamaCpp.votes`: which vote stands in which sequence, and what it has written."""
+    """One call of `LlamaCpp.stream`: which vote stands in which sequence, and what it has written.
+
+    The live votes always stand in the lowest slots, since llama.cpp computes sequences together only where their
+    numbers follow one another: a new vote takes the lowest free slot, and when none waits the highest one moves into
+    a gap.
+    """
 
     def __init__(
         self,
         model: LlamaCpp,
-        prompts: Sequence[Ids],
-        k: int,
+        asked: Sequence[tuple[Ids, Sequence[int]]],
         encoder: Encoder,
         seed: int,
         temperature: float,
-        rules: Rules | None,
+        top_k: int,
+        form: Callable[[], Form] | None,
         max_tokens: int,
         expected: bool,
-        progress: Callable[[int, int], None] | None,
+        alone: bool,
     ) -> None:
-        self.model, self.prompts, self.k, self.encoder = model, prompts, k, encoder
-        self.seed, self.temperature, self.rules = seed, temperature, rules
-        self.max_tokens, self.expected, self.progress = max_tokens, expected, progress
-        self.found: list[list[Vote | None]] = [[None] * k for _ in prompts]
+        self.model, self.asked, self.encoder = model, asked, encoder
+        self.seed, self.temperature, self.top_k, self.form = seed, temperature, top_k, form
+        self.max_tokens, self.expected, self.alone = max_tokens, expected, alone
         self.open = model.tokenize(OPEN)
         self.close = model.tokenize(CLOSE)[0]
         self.digits = [_only(model.tokenize(str(digit)), digit) for digit in range(10)] if expected else []
         self.live: list[_Live] = []
+        self.beginning: list[_Live] = []
         self.free: list[int] = []
-        self.done = 0
+        self.finished: list[tuple[int, int, Vote]] = []
+        self.reading = -1
+        self.ids = np.empty(0, np.int32)
+        self.digest = b""
+        self.row = np.empty((0, 0), np.float32)
 
-    def votes(self) -> list[tuple[Vote, ...]]:
-        most = min(self.model._settings["sequences"], self.model._streams)
-        self.free = list(range(most))
-        waiting = deque(
-            (prompt, list(range(first, min(first + most, self.k))))
-            for prompt in range(len(self.prompts))
-            for first in range(0, self.k, most)
-        )
+    def votes(self, slots: int) -> Iterator[tuple[int, int, Vote]]:
+        """All votes, as they are finished, at most `slots` of them live."""
+        return self._votes(slots, self.model._turn)
+
+    def _votes(self, slots: int, turn: int) -> Iterator[tuple[int, int, Vote]]:
+        model = self.model
+        self.free = list(range(slots))
+        waiting = deque((prompt, index) for prompt, (_, indices) in enumerate(self.asked) for index in indices)
         while waiting or self.live:
-            while waiting and len(self.free) >= len(waiting[0][1]):
-                self._begin(*waiting.popleft())
-            if self.live:
-                self._step()
-        return [tuple(vote for vote in votes if vote is not None) for votes in self.found]
+            model._alive()
+            if model._turn != turn:
+                raise ValueError("the model was used for something else before all votes were taken")
+            try:
+                while waiting and self.free and self._may_begin(waiting[0][0]):
+                    self._begin(*waiting.popleft())
+                self._begun()
+                if self.live:
+                    self._close_gaps()
+                    self._step()
+            except BaseException:
+                model._held = {}
+                raise
+            yield from self.finished
+            self.finished = []
 
-    def _begin(self, prompt: int, votes: list[int]) -> None:
-        """Read a prompt and draw the first token of its votes."""
-        ids = list(self.prompts[prompt])
-        opening = Form(self.rules, self.max_tokens).begin() if self.rules else []
-        self.free.sort()
-        slots, self.free = self.free[: len(votes)], self.free[len(votes) :]
-        last = self.model._prefill([*ids, *opening], slots)
-        digest = hashlib.blake2b(np.asarray(ids, np.int32).tobytes(), digest_size=16)
-        lives = []
-        for vote, slot in zip(votes, slots, strict=True):
-            key = _key(self.seed, digest.digest(), vote)
-            form = Form(self.rules, self.max_tokens) if self.rules else None
-            if form is not None:
-                form.begin()
-            lives.append(
-                _Live(
-                    prompt,
-                    vote,
-                    slot,
-                    len(ids),
-                    list(opening),
-                    len(opening),
-                    _uniforms(key, self.max_tokens),
-                    key,
-                    form,
-                )
-            )
-        self.live = sorted(self.live + lives, key=lambda live: live.slot)
-        self._answer(lives, np.repeat(last, len(lives), axis=0))
+    def _may_begin(self, prompt: int) -> bool:
+        return not self.alone or prompt == self.reading or not self.live
+
+    def _begin(self, prompt: int, vote: int) -> None:
+        """Give a vote a slot that holds its prompt; before the first vote of a prompt, read the prompt."""
+        model = self.model
+        form = self.form() if self.form else None
+        opening = form.begin() if form is not None else []
+        slot = heapq.heappop(self.free)
+        if prompt != self.reading:
+            self._begun()
+            given = np.asarray(self.asked[prompt][0], np.int32)
+            self.digest = hashlib.blake2b(given.tobytes(), digest_size=16).digest()
+            self.ids = np.concatenate([given, np.asarray(opening, np.int32)])
+            if self.alone:
+                model._forget()
+            self.row = model._read(self.ids, slot).copy()
+            self.reading = prompt
+        else:
+            model._repeat(self.ids, slot)
+        key = _key(self.seed, self.digest, vote)
+        start = len(self.ids) - len(opening)
+        uniforms = _uniforms(key, self.max_tokens)
+        live = _Live(prompt, vote, slot, start, list(opening), len(opening), uniforms, key, form)
+        model.work.forced += len(opening)
+        self.live.append(live)
+        self.beginning.append(live)
+
+    def _begun(self) -> None:
+        """Draw the first token of the votes that have just begun: all of one prompt."""
+        lives, self.beginning = self.beginning, []
+        if lives:
+            self.live.sort(key=lambda live: live.slot)
+            self._answer(lives, np.broadcast_to(self.row, (len(lives), self.row.shape[1])))
+
+    def _close_gaps(self) -> None:
+        while self.live and self.live[-1].slot >= len(self.live):
+            live = self.live.pop()
+            slot = heapq.heappop(self.free)
+            self.model._copy(live.slot, slot)
+            self.model._held[slot] = self.model._held[live.slot]
+            heapq.heappush(self.free, live.slot)
+            live.slot = slot
+            self.live = sorted([*self.live, live], key=lambda live: live.slot)
 
     def _step(self) -> None:
         """Feed every live vote its next token, and draw the next where there is none."""
-        tokens: list[int] = []
-        places: list[int] = []
-        slots: list[int] = []
-        flags: list[bool] = []
+        tokens, places, flags = [], [], []
         asking: list[_Live] = []
         for live in self.live:
-            gap = range(slots[-1] + 1, live.slot) if slots else range(0)
-            if 0 < len(gap) <= WIDEST_GAP:
-                self.model._empty(gap)
-                tokens += [0] * len(gap)
-                places += [0] * len(gap)
-                slots += gap
-                flags += [False] * len(gap)
             asks = live.probing or live.fed == len(live.ids) - 1
             tokens.append(self.digits[1] if live.probing else live.ids[live.fed])
             places.append(live.start + live.fed)
-            slots.append(live.slot)
             flags.append(asks)
             live.fed += 1
             if asks:
                 asking.append(live)
-        out = self.model._decode(tokens, places, slots, flags)
+        out = self.model._decode(tokens, places, [live.slot for live in self.live], flags)
+        self.model.work.steps += 1
+        self.model.work.fed += len(tokens)
         if asking:
             self._answer(asking, out)
 
     def _answer(self, lives: Sequence[_Live], logits: Floats) -> None:
         """Draw a token for each vote from its row of logits [L, V], and see what is finished."""
+        begun = time.perf_counter()
+        work = self.model.work
         highest = logits.max(axis=1)
         _finite(highest, self.model.path)
         chances = np.array([live.uniforms[min(len(live.ids), self.max_tokens - 1)] for live in lives])
-        drawn = draw(logits, highest, chances, self.temperature)
+        drawn = draw(logits, highest, chances, self.temperature, self.top_k)
+        work.drawn += sum(not live.probing for live in lives)
         for live, token, row in zip(lives, drawn.tolist(), logits, strict=True):
             if self.expected:
                 self._measure(live, row)
@@ -555,17 +770,21 @@ class _Run:
             else:
                 if not live.form.accepts(token):
                     token = race(row, self.temperature, live.key, len(live.ids), live.form)
-                live.ids += live.form.take(token)
+                    work.raced += 1
+                written = live.form.take(token)
+                work.forced += len(written) - (token in written[:1])
+                live.ids += written
                 if live.form.done:
                     self._finish(live)
+        work.sampling += time.perf_counter() - begun
 
     def _measure(self, live: _Live, row: Floats) -> None:
         """Keep the digits' probabilities after `<score>`, and after that the two ways on from a "1"."""
         if live.probing or (live.digit_at == len(live.ids) - 1 and live.ids[-1] == self.digits[1]):
-            ten, one = softmax(row)[[self.digits[0], self.close]].tolist()
+            ten, one = probabilities(row, [self.digits[0], self.close])
             live.ten_or_one = (ten, one)
         elif live.ids[-len(self.open) :] == self.open:
-            live.digits = softmax(row)[self.digits[1:]].tolist()
+            live.digits = probabilities(row, self.digits[1:])
             live.digit_at, live.ten_or_one = len(live.ids), None
 
     def _finish(self, live: _Live) -> None:
@@ -588,61 +807,9 @@ class _Run:
         mass: float | None = None
         if live.digits and live.ten_or_one is not None:
             score, mass = expected_score(live.digits, *live.ten_or_one)
-        self.found[live.prompt][live.vote] = Vote(live.verdict, live.text, score, mass, len(live.ids))
+        self.finished.append((live.prompt, live.vote, Vote(live.verdict, live.text, score, mass, len(live.ids))))
         self.live.remove(live)
-        self.free.append(live.slot)
-        if None not in self.found[live.prompt]:
-            self.done += 1
-            if self.progress is not None:
-                self.progress(self.done, len(self.prompts))
-
-
-def draw(logits: Floats, highest: Floats, chances: NDArray[np.float64], temperature: float) -> NDArray[np.int64]:
-    """A token for each row: the inverse of the cumulated distribution at the row's chance in [0, 1).
-
-    Args:
-        logits: [R, V].
-        highest: each row's highest logit [R].
-        chances: [R].
-        temperature: 0 takes the likeliest token, the lowest id where two are equal.
-    """
-    if temperature == 0:
-        return logits.argmax(axis=1)
-    weights = logits - highest[:, None]
-    if temperature != 1:
-        weights /= temperature
-    np.exp(weights, out=weights)
-    cumulated = np.cumsum(weights, axis=1, dtype=np.float64)
-    wanted = np.minimum(chances * cumulated[:, -1], np.nextafter(cumulated[:, -1], 0))  # a product may round up
-    return np.array([row.searchsorted(at, side="right") for row, at in zip(cumulated, wanted, strict=True)])
-
-
-def race(row: Floats, temperature: float, key: int, step: int, form: Form) -> int:
-    """A token the form accepts, from the row's distribution restricted to such tokens.
-
-    Every token runs for an exponential time at the rate of its probability, and the first accepted one wins: that is
-    a draw from the restricted distribution, and tokens need to be asked only in the order in which they arrive. The
-    chances are another stream than `draw`'s, so rejecting its token and racing is exact.
-    """
-    few = form.few()
-    places = np.arange(len(row)) if few is None else np.array(sorted(few))
-    if temperature == 0:
-        arrival = -row[places].astype(np.float64)
-    else:
-        runs = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, step + 1, 1])).exponential(size=len(row))
-        arrival = np.log(runs[places]) - row[places].astype(np.float64) / temperature
-    if few is not None:
-        return int(places[arrival.argmin()])
-    first = 64
-    tried = 0
-    while tried < len(row):
-        count = min(first, len(row))
-        ahead = np.argpartition(arrival, count - 1)[:count] if count < len(row) else np.arange(len(row))
-        for token in ahead[np.lexsort((ahead, arrival[ahead]))][tried:].tolist():
-            if form.accepts(token):
-                return int(token)
-        tried, first = count, first * 8
-    raise AssertionError("no token of the vocabulary goes on here")
+        heapq.heappush(self.free, live.slot)
 
 
 def added_tokens(metadata: Mapping[str, Any]) -> dict[str, int]:
@@ -651,10 +818,17 @@ def added_tokens(metadata: Mapping[str, Any]) -> dict[str, int]:
     return {token: index for index, (token, kind) in enumerate(zip(tokens, kinds, strict=False)) if kind in ADDED_KINDS}
 
 
-def softmax(row: Floats) -> NDArray[np.float64]:
-    """Probabilities of one row of logits."""
-    weights = np.exp(row.astype(np.float64) - float(row.max()))
-    return np.asarray(weights / weights.sum(), dtype=np.float64)
+def cell_numbers(metadata: Mapping[str, Any]) -> int:
+    """Numbers that the cache holds for one token: a key and a value for each layer and head."""
+
+    def number(key: str, default: int) -> int:
+        found = metadata.get(f"{ARCHITECTURE}.{key}")
+        return found if isinstance(found, int) and found > 0 else default
+
+    heads = number("attention.head_count", 1)
+    size = number("embedding_length", heads) // heads
+    width = number("attention.key_length", size) + number("attention.value_length", size)
+    return max(1, number("block_count", 1) * number("attention.head_count_kv", heads) * width)
 
 
 def _uniforms(key: int, count: int) -> NDArray[np.float64]:
@@ -680,6 +854,15 @@ def _only(ids: Ids, digit: int) -> int:
     return ids[0]
 
 
+def _common(one: NDArray[np.int32], other: NDArray[np.int32]) -> int:
+    """How many tokens two lists have in common at their beginning."""
+    if one is other:
+        return len(one)
+    length = min(len(one), len(other))
+    differing = one[:length] != other[:length]
+    return int(differing.argmax()) if differing.any() else length
+
+
 def _chunks(length: int, wanted: dict[int, int]) -> Iterable[tuple[int, int]]:
     """Spans of at most BATCH tokens and ROWS wanted rows."""
     start = rows = 0
@@ -695,4 +878,4 @@ def _threads() -> int:
     given = os.environ.get("OMP_NUM_THREADS", "")
     if given.isdigit() and int(given) > 0:
         return int(given)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return physical_cores()

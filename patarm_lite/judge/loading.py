@@ -56,12 +56,14 @@ _callback: Any = None
 def library() -> Any:
     """llama-cpp-python's low-level module, its log silenced.
 
-    OpenMP's threads wait by spinning; on a busy machine that costs a factor of ten, so it is limited before the
-    library is first loaded (a setting of the user's own stands).
+    OpenMP's threads wait by spinning; on a busy machine that costs a factor of ten. So they are told to spin for a
+    short while, or to sleep where the machine is busy, before the library is first loaded. A setting of the user's own
+    stands.
     """
     global _library, _callback
     if _library is None:
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+        if "OMP_WAIT_POLICY" not in os.environ:
+            os.environ.setdefault("GOMP_SPINCOUNT", "0" if busy() else "1000")
         try:
             import llama_cpp
         except ImportError as error:
@@ -71,6 +73,22 @@ def library() -> Any:
         llama_cpp.llama_backend_init()
         _library = llama_cpp
     return _library
+
+
+def physical_cores() -> int:
+    """The physical cores that this process may use; a core that runs two threads counts once."""
+    logical = os.cpu_count() or 1
+    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(logical)
+    try:
+        lists = [Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text() for cpu in usable]
+    except OSError:
+        return len(usable)
+    return len(set(lists))
+
+
+def busy() -> bool:
+    """Whether other processes keep more than half of the cores at work, by the load of the last minute."""
+    return hasattr(os, "getloadavg") and os.getloadavg()[0] > physical_cores() / 2
 
 
 def check_file(path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Measuring judges: attacks and what they change."""

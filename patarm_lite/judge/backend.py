@@ -1,0 +1,74 @@
+"""What a judging backend must be able to do: items in, votes out. One interface for llama.cpp, transformers, servers.
+
+A backend writes judgements and reads them; it knows nothing of files, jobs or means over votes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from patarm_lite.prompts import Protocol as PromptProtocol
+from patarm_lite.records import Rubric, Turn, Vote
+
+Decoding = Literal["constrained", "free"]
+Tokens = Literal["exact", "text"]
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One response to be judged.
+
+    `rubric`: the primary rubric that is part of the input. `criteria`: an instance rubric that is forced on the judge
+    instead of its own; None lets it write one.
+    """
+
+    prompt: tuple[Turn, ...]
+    response: str
+    task: str
+    rubric: Rubric
+    reference: str | None = None
+    criteria: Rubric | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How judgements are drawn.
+
+    `temperature` 0 takes the likeliest token; above it the full distribution is sampled (top_p 1, no top_k).
+    `expected`: whether the expected score is measured beside the sampled one. `max_tokens`: of one judgement.
+    """
+
+    decoding: Decoding = "constrained"
+    temperature: float = 1.0
+    seed: int = 1
+    max_tokens: int = 1024
+    expected: bool = True
+
+
+class Backend(Protocol):
+    """A loaded judge. `fingerprint` tells judges apart; `tokens` says whether the judge got our token ids or a text."""
+
+    name: str
+    fingerprint: str
+    protocol: PromptProtocol
+    tokens: Tokens
+    context: int
+
+    def votes(self, asked: Sequence[tuple[Item, Sequence[int]]], plan: Plan) -> Iterator[tuple[int, int, Vote]]:
+        """Votes of items, as they are finished: (place of the item in `asked`, index of the vote, vote).
+
+        Args:
+            asked: items with the indices of the votes wanted, e.g. `range(8, 16)` where 8 are there already. The
+                vote of one index is the same whatever else is asked for, up to what batching does to rounding.
+
+        Raises:
+            UserError: an item that doesn't fit, a judge that can't go on.
+        """
+
+    def prompt_tokens(self, item: Item) -> int:
+        """Tokens of an item's judging prompt (an estimate where the tokenizer is not known)."""
+
+    def close(self) -> None:
+        """Give memory and connections back."""

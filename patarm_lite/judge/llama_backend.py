@@ -1,0 +1,141 @@
+"""The embedded backend: a GGUF judge in this process, through llama.cpp. Needs the `judge` extra, and no torch.
+
+    with LlamaBackend.load("judge.gguf") as backend:
+        for place, index, vote in backend.votes([(item, range(8))], Plan()):
+            ...
+
+A file of ours brings its protocol and primary rubrics. Any other Qwen3 GGUF with a ChatML vocabulary works by protocol
+1 and is `trained = False`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from patarm_lite.errors import UserError
+from patarm_lite.gguf_file import read_gguf
+from patarm_lite.judge.backend import Item, Plan, Tokens
+from patarm_lite.judge.description import Description, fingerprint, read_description
+from patarm_lite.judge.llamacpp import LlamaCpp
+from patarm_lite.judge.pinned import check_forced, pinned
+from patarm_lite.records import Rubric, Vote
+
+Asked = Sequence[tuple[Item, Sequence[int]]]
+
+
+class LlamaBackend:
+    """A GGUF judge behind the interface of all backends (see `backend.Backend`).
+
+    Attributes:
+        description: what the file says of itself. `trained`: whether to the protocol.
+        context: tokens that a judging prompt and its judgement may have together.
+        name: `llamacpp`, or `llamacpp-deterministic`: kept votes of the one are not taken for those of the other.
+    """
+
+    tokens: Tokens = "exact"
+
+    def __init__(self, model: LlamaCpp, description: Description, mark: str, deterministic: bool) -> None:
+        self.model, self.description, self.fingerprint = model, description, mark
+        self.protocol, self.trained = description.protocol, description.trained
+        self.context = model.context
+        self.encoder = model.encoder(description.protocol)
+        self.deterministic = deterministic
+        self.name = "llamacpp-deterministic" if deterministic else "llamacpp"
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        threads: int | None = None,
+        context: int = 4096,
+        sequences: int = 32,
+        deterministic: bool = False,
+    ) -> LlamaBackend:
+        """Load a GGUF judge: checked in a child process first, then read into memory whole.
+
+        Args:
+            threads: by default as `LlamaCpp.load` chooses.
+            context: tokens that a judging prompt and its judgement may have together, at most.
+            sequences: votes that are written at once.
+            deterministic: equal input gives equal bits, whatever else is asked for; slower (see `LlamaCpp.stream`).
+
+        Raises:
+            UserError: no such file, one that can't be used, or one that changed while it was loaded.
+        """
+        path = Path(path)
+        description = read_description(read_gguf(path).metadata)
+        before = _stamp(path)
+        model = LlamaCpp.load(path, context=context, sequences=sequences, threads=threads)
+        try:
+            mark = fingerprint(path)
+            if _stamp(path) != before:
+                raise UserError(f"{path} changed while it was loaded; wait until it is written, then try again")
+            return cls(model, description, mark, deterministic)
+        except BaseException:
+            model.close()
+            raise
+
+    def prompt_tokens(self, item: Item) -> int:
+        """Tokens of an item's judging prompt."""
+        return len(self._ids(item))
+
+    def votes(self, asked: Asked, plan: Plan) -> Iterator[tuple[int, int, Vote]]:
+        """Votes of items as they are finished (see `backend.Backend.votes`). Items of one prompt are best given one
+        after another: what they share is read once.
+
+        Raises:
+            UserError: an item that doesn't fit the context, a rubric that can't be forced, damaged weights.
+        """
+        for criteria, places in _by_criteria(asked).items():
+            form = None
+            if criteria is not None:
+                if plan.decoding == "free":
+                    raise UserError("criteria can't be forced in free decoding; judge constrained, or leave them out")
+                check_forced(criteria)
+                form = pinned(self.model._rules_of(self.encoder), plan.max_tokens, criteria)
+            stream = self.model.stream(
+                [(self._ids(asked[place][0]), asked[place][1]) for place in places],
+                encoder=self.encoder,
+                seed=plan.seed,
+                temperature=plan.temperature,
+                decoding=plan.decoding,
+                max_tokens=plan.max_tokens,
+                expected=plan.expected,
+                deterministic=self.deterministic,
+                keep=True,
+                form=form,
+            )
+            for number, index, vote in stream:
+                yield places[number], index, vote
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self.model.close()
+
+    def __enter__(self) -> LlamaBackend:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
+
+    def _ids(self, item: Item) -> list[int]:
+        return self.encoder.prompt_ids(
+            item.prompt, item.response, task=item.task, rubric=item.rubric, reference=item.reference
+        )
+
+
+def _by_criteria(asked: Asked) -> dict[Rubric | None, list[int]]:
+    """Places of the items that want votes, by the rubric that is forced on the judge."""
+    found: dict[Rubric | None, list[int]] = {}
+    for place, (item, indices) in enumerate(asked):
+        if len(indices):
+            found.setdefault(item.criteria, []).append(place)
+    return found
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ino
