@@ -38,6 +38,17 @@ _ALWAYS = "/?(?:" + "|".join((*INPUT_TAGS, *OUTPUT_TAGS, "think")) + r")(?!\w)|\
 _MANY_MARKS = re.compile(r"[^\w\s\x00-\x7f]{64,}")
 
 
+QWEN3_TOKENS = tuple(
+    (
+        "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|>"
+        " <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>"
+        " <tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>"
+        " <tool_response> </tool_response> <think> </think>"
+    ).split()
+)
+"""Control and user-defined tokens of Qwen3's vocabulary: what must not stand in a text to be judged."""
+
+
 @dataclass(frozen=True, slots=True)
 class Segment:
     """A piece of a judging prompt. `content` is True for text written by others."""

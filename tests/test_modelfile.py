@@ -9,8 +9,8 @@ import pytest
 from qwen_vocabulary import CONTROL_TOKENS, TEMPLATE, USER_DEFINED_TOKENS
 
 from patarm_lite.errors import UserError
-from patarm_lite.prompts import Encoder, Protocol, segments
-from patarm_lite.quantize.modelfile import QWEN3_TOKENS, completion_prompt, documented_prompt, modelfile
+from patarm_lite.prompts import QWEN3_TOKENS, Encoder, Protocol, segments
+from patarm_lite.quantize.modelfile import completion_prompt, documented_prompt, modelfile
 from patarm_lite.records import Criterion, Turn
 
 RUBRIC = (Criterion("truth", "is right", 5), Criterion("form", "is short", 2))

@@ -43,8 +43,7 @@ from patarm_lite.judge.backend import Item, Plan, Tokens
 from patarm_lite.judge.description import Description, read_description
 from patarm_lite.judge.endpoint import BUSY, FIRST_WAIT, Endpoint, Refused, Unreachable
 from patarm_lite.metrics import expected_score
-from patarm_lite.prompts import END_TOKEN, Encoder, Protocol, inert, segments
-from patarm_lite.quantize.modelfile import QWEN3_TOKENS
+from patarm_lite.prompts import END_TOKEN, QWEN3_TOKENS, Encoder, Protocol, inert, segments
 from patarm_lite.records import Turn, Vote
 from patarm_lite.rubrics import primary_rubric
 from patarm_lite.verdicts import parse

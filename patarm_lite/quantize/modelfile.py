@@ -19,22 +19,13 @@ from patarm_lite.prompts import (
     END_OF_TURN,
     END_TOKEN,
     NO_THINKING,
+    QWEN3_TOKENS,
     USER,
     Protocol,
     inert,
     segments,
 )
 from patarm_lite.records import Criterion, Rubric, Turn
-
-QWEN3_TOKENS = tuple(
-    (
-        "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|>"
-        " <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>"
-        " <tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>"
-        " <tool_response> </tool_response> <think> </think>"
-    ).split()
-)
-"""Control and user-defined tokens of Qwen3's vocabulary: what must not stand in a text to be judged."""
 
 _MODELFILE = '''\
 # {what}
