@@ -238,6 +238,17 @@ def test_chats_references_and_tasks_of_lines_reach_the_judge(judge: Any, tmp_pat
     assert list(store.votes(key, expected=True)) == [0]
 
 
+def test_a_text_that_looks_like_a_transcript_is_one_turn_as_in_python(judge: Any, tmp_path: Path, store: Store) -> None:
+    prompt = "Human: 2 + 2?\n\nAssistant: 5\n\nHuman: sure?\n\nAssistant:"
+    source = write(tmp_path / "in.jsonl", [{"prompt": prompt, "response": "4", "task": "math"}])
+    judge_file(work(judge), source, tmp_path / "out.jsonl", store)
+    item = judge.item(prompt, "4", task="math")
+    assert item.prompt == (Turn("user", prompt),)
+    backend = judge.backend
+    key = item_key(backend.fingerprint, backend.name, backend.tokens, backend.protocol, item, judge.plan)
+    assert list(store.votes(key, expected=True)) == [0]
+
+
 def test_stdin_goes_to_stdout(
     judge: Any, store: Store, capsysbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -304,7 +304,8 @@ class _Run:
             raise ValueError(f"it has a field {self.name!r} already; name the new one with --field NAME")
         if "prompt" not in row:
             raise ValueError("it has no field 'prompt'")
-        turns = turns_of_prompt(row["prompt"])
+        given = row["prompt"]
+        turns = (Turn("user", given),) if isinstance(given, str) else turns_of_prompt(given)  # a text makes no turns
         if isinstance(turns, str):
             raise ValueError(turns)
         reference = row.get("reference")
