@@ -95,7 +95,7 @@ class LlamaBackend:
                 if plan.decoding == "free":
                     raise UserError("criteria can't be forced in free decoding; judge constrained, or leave them out")
                 check_forced(criteria)
-                form = pinned(self.model._rules_of(self.encoder), plan.max_tokens, criteria)
+                form = pinned(self.model.rules_of(self.encoder), plan.max_tokens, criteria)
             stream = self.model.stream(
                 [(self._ids(asked[place][0]), asked[place][1]) for place in places],
                 encoder=self.encoder,

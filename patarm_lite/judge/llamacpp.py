@@ -418,7 +418,7 @@ class LlamaCpp:
         if not votes:
             return iter(())
         if decoding == "constrained" and form is None:
-            rules = self._rules_of(encoder)
+            rules = self.rules_of(encoder)
             rules.check_budget(max_tokens)
             form = partial(Form, rules, max_tokens)
         run = _Run(self, asked, encoder, seed, temperature, top_k, form, max_tokens, expected, deterministic)
@@ -434,7 +434,8 @@ class LlamaCpp:
     def _rules(self) -> dict[tuple[bool, int], Rules]:
         return {}
 
-    def _rules_of(self, encoder: Encoder) -> Rules:
+    def rules_of(self, encoder: Encoder) -> Rules:
+        """The rules of constrained decoding for this vocabulary, made once."""
         key = (encoder.protocol.thinking, encoder.end_id)
         if key not in self._rules:
             self._rules[key] = Rules(self.tokenize, self.piece, set(self.added.values()), encoder.end_id, key[0])
