@@ -18,6 +18,7 @@ from typing import Any
 
 from patarm_lite.errors import UserError
 from patarm_lite.quantize.tensors import TensorFolder
+from patarm_lite.quantize.vocabulary import read_json
 
 CONFIG_FILE = "adapter_config.json"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -71,21 +72,6 @@ class Adapter:
     def touched(self) -> frozenset[str]:
         """Names of the base's tensors that the adapter changes."""
         return frozenset((*self.changes, *self.replaced))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        UserError: it can't be read, or is something else.
-    """
-    try:
-        data = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} can't be read as JSON ({error}); get the file again") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path} is not a JSON object; get the file again")
-    return data
 
 
 def read_adapter(folder: Path) -> Adapter:
