@@ -130,8 +130,9 @@ print("loaded:", *sorted(set({HEAVY!r}) & set(sys.modules)))
         ["pairs"],
         *(
             pytest.param([verb], marks=pytest.mark.slow)
-            for verb in ("train", "eval", "report", "export", "inspect", "calibrate")
+            for verb in ("train", "eval", "report", "export", "inspect", "calibrate", "judge", "rank")
         ),
+        *(["rubrics", verb] for verb in ("list", "show", "copy")),
     ],
     ids=" ".join,
 )
