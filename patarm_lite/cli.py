@@ -371,6 +371,7 @@ def export(
         raise UserError(f"--max-loss {max_loss:g} is not a share between 0 and 1, e.g. --max-loss 0.01")
     _require("torch", "transformers", "llama_cpp", "gguf")
     from patarm_lite.quantize import export as stages
+    from patarm_lite.quantize.finished import table
 
     request = stages.Request(
         judge=judge,
@@ -389,7 +390,7 @@ def export(
         threads=threads,
     )
     found = stages.export(request, force)
-    typer.echo(json.dumps(found, indent=2, ensure_ascii=False) if as_json else stages.table(found))
+    typer.echo(json.dumps(found, indent=2, ensure_ascii=False) if as_json else table(found))
     typer.echo(f"next: patarm-lite inspect {shlex.quote(str(request.out / found['files'][0]['path']))}", err=True)
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
 import os
 import shutil
@@ -34,6 +33,7 @@ from patarm_lite.quantize import budget, fidelity, importance, quantizer
 from patarm_lite.quantize.calibrate import calibration_of
 from patarm_lite.quantize.card import CardFile, MergeFigure, card
 from patarm_lite.quantize.convert import convert, convert_adapter
+from patarm_lite.quantize.finished import digests_of, place_finished, served, size_of, what_it_is
 from patarm_lite.quantize.merge import cast, merge
 from patarm_lite.quantize.metadata import rewrite
 from patarm_lite.quantize.modelfile import modelfile
@@ -451,7 +451,7 @@ class _Export:
             if not target.exists():
                 if kind not in ("hf", "lora"):
                     self._describe(kind, path, parity, found, (calibrations or {}).get(kind))
-                _place_finished(path, target)
+                place_finished(path, target)
             files.append(self._row(kind, target, found))
         if matrix is not None:
             shutil.copyfile(matrix, self.work / "imatrix.copy")
@@ -471,14 +471,14 @@ class _Export:
             "pairs": len(self.heldout),
             "seconds": self.seconds,
         }
-        served = _served(files)
-        if served is not None:
+        judge = served(files)
+        if judge is not None:
             context = self.prompt_tokens + self.judgement_tokens
-            text = modelfile(served, self.source.protocol, context, max_tokens=self.judgement_tokens)
+            text = modelfile(judge, self.source.protocol, context, max_tokens=self.judgement_tokens)
             write_text(out / "Modelfile", text)
         write_text(out / "README.md", self._card(result, found))
         names = [path.name for path in sorted(out.iterdir()) if path.name not in (".work", "SHA256SUMS", "export.json")]
-        write_text(out / "SHA256SUMS", "".join(f"{digest}  {name}\n" for digest, name in _digests(out, names)))
+        write_text(out / "SHA256SUMS", "".join(f"{digest}  {name}\n" for digest, name in digests_of(out, names)))
         write_json(out / "export.json", result | {"written": [*names, "SHA256SUMS"]})
         shutil.rmtree(self.work, ignore_errors=True)
         return result
@@ -503,7 +503,7 @@ class _Export:
         rewrite(path, changes)
 
     def _row(self, kind: str, path: Path, found: Mapping[str, Any] | None) -> dict[str, Any]:
-        row: dict[str, Any] = {"type": kind, "path": path.name, "bytes": _bytes(path)}
+        row: dict[str, Any] = {"type": kind, "path": path.name, "bytes": size_of(path)}
         measured = next((file for file in (found or {}).get("files", ()) if file["type"] == kind), None)
         if kind == self.precise and found is not None:
             row |= {"flips": 0.0, "accuracy_loss": 0.0, "reference": True}
@@ -518,7 +518,7 @@ class _Export:
 
     def _card(self, result: Mapping[str, Any], found: Mapping[str, Any] | None) -> str:
         names = [row["path"] for row in result["files"]]
-        digests = {name: digest for digest, name in _digests(self.request.out, names)}
+        digests = {name: digest for digest, name in digests_of(self.request.out, names)}
         merging = result["merging"] or {}
         matrix = None
         if result["importance"] is not None:
@@ -534,7 +534,8 @@ class _Export:
             protocol=self.source.protocol,
             context=self.prompt_tokens + self.judgement_tokens,
             files=[
-                CardFile(row["path"], row["bytes"], digests.get(row["path"], ""), _what(row)) for row in result["files"]
+                CardFile(row["path"], row["bytes"], digests.get(row["path"], ""), what_it_is(row))
+                for row in result["files"]
             ],
             about=self.source.about,
             trained=self.source.trained,
@@ -579,67 +580,3 @@ def _shown(label: str, unit: int = 1) -> Callable[[int, int], None]:
         shown[0].at(-(-done // unit))
 
     return at
-
-
-def _place_finished(path: Path, target: Path) -> None:
-    """Put a finished file into OUT. What lies under `.work` stays until the end: a kill in between costs nothing."""
-    if path.is_dir():
-        os.replace(path, target)
-        return
-    try:
-        os.link(path, target)
-    except OSError:  # a file system without hard links
-        part = target.with_name(target.name + ".part")
-        shutil.copyfile(path, part)
-        os.replace(part, target)
-
-
-def _bytes(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else sum(file.stat().st_size for file in path.rglob("*"))
-
-
-def _digests(out: Path, names: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """(SHA-256, name) of every file, those in folders included, as `sha256sum -c SHA256SUMS` reads them."""
-    for name in names:
-        path = out / name
-        for file in [path] if path.is_file() else sorted(path.rglob("*")):
-            with file.open("rb") as opened:
-                yield hashlib.file_digest(opened, "sha256").hexdigest(), file.relative_to(out).as_posix()
-
-
-def _served(files: Sequence[Mapping[str, Any]]) -> str | None:
-    """The file that the Modelfile runs: q8_0 where it was made, else the first GGUF file."""
-    judges = {row["type"]: row["path"] for row in files if row["type"] not in ("hf", "lora")}
-    return judges.get("q8_0", next(iter(judges.values()), None))
-
-
-def _what(row: Mapping[str, Any]) -> str:
-    """A file in a few words, for the model card."""
-    if row["type"] == "hf":
-        return "16-bit safetensors, for vLLM and transformers"
-    if row["type"] == "lora":
-        return "the adapter alone, for the base in any quantization; its fidelity was not measured"
-    fallbacks = row.get("fallbacks", ())
-    fallen = f"; {len(fallbacks)} weights fell back to other types" if fallbacks else ""
-    return f"{'not quantized, ' if row['type'] in ('f16', 'bf16', 'f32') else ''}{row['type']}{fallen}"
-
-
-def table(found: Mapping[str, Any]) -> str:
-    """An export as text: one line a file."""
-    rows = [("file", "MB", "accuracy", "loss", "at most", "flips")]
-    for file in found["files"]:
-        size = f"{file['bytes'] / 1e6:.2f}"
-        if file.get("reference"):
-            rows.append((file["path"], size, "-", "the reference", "-", "-"))
-        elif file["flips"] is None:
-            rows.append((file["path"], size, *["-"] * 4))
-        else:
-            low, high = file["accuracy_loss_low"], file["accuracy_loss_high"]
-            loss = f"{file['accuracy_loss']:+.3f} [{low:+.3f}, {high:+.3f}]"
-            bound = f"{file['loss_bound']:.3f}"
-            rows.append((file["path"], size, f"{file['accuracy']:.3f}", loss, bound, f"{file['flips']:.1%}"))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    if found["choice"] is not None:
-        lines.append(found["choice"]["reason"])
-    return "\n".join(lines)
