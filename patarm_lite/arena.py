@@ -345,6 +345,12 @@ def judgement_text(lines: Sequence[str], findings: Sequence[str], score: str) ->
     )
 
 
+def in_two_parts(judgement: str) -> tuple[str, str]:
+    """A judgement as the two answers of form `shared`: its rubric, and its evaluation with the score."""
+    rubric, closing, evaluation = judgement.partition("</generated_rubrics>")
+    return rubric + closing, evaluation.removeprefix("\n")
+
+
 def sft_examples(settings: ArenaSection, seed: int) -> Iterator[tuple[Pair, str, str]]:
     """Endless (pair, response, judgement) from training combinations, a side drawn at random."""
     for block in itertools.count():

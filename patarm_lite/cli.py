@@ -468,6 +468,9 @@ ParallelOption = Annotated[
     int | None, typer.Option(min=1, help="Votes written at once; none: 32, with a URL 8.", show_default=False)
 ]
 TokenizerOption = Annotated[Path | None, typer.Option(metavar="FILE", help="With a URL: its GGUF or tokenizer.json.")]
+FormOption = Annotated[
+    str, typer.Option(metavar="own|shared", help="shared: the rubric before the response, one per prompt (GGUF file).")
+]
 DeterministicFlag = Annotated[bool, typer.Option("--deterministic", help="Equal input, equal bits; slower.")]
 FieldOption = Annotated[str | None, typer.Option(metavar="NAME", help="The field that takes the result.")]
 StrictFlag = Annotated[bool, typer.Option("--strict", help="Stop at a line that can't be judged.")]
@@ -512,6 +515,7 @@ def judge_responses(
     parallel: ParallelOption = None,
     tokenizer: TokenizerOption = None,
     deterministic: DeterministicFlag = False,
+    form: FormOption = "own",
     field: FieldOption = None,
     strict: StrictFlag = False,
     store: StoreOption = None,
@@ -526,7 +530,7 @@ def judge_responses(
     """
     settings = _settings_of_judge(
         judge, votes, score, seed, max_tokens, decoding, rubric, criteria, task, long, context, threads, parallel,
-        tokenizer, deterministic,
+        tokenizer, deterministic, form,
     )  # fmt: skip
     if file is not None:
         if (prompt, response, reference) != (None, None, None):
@@ -578,6 +582,7 @@ def rank(
     parallel: ParallelOption = None,
     tokenizer: TokenizerOption = None,
     deterministic: DeterministicFlag = False,
+    form: FormOption = "own",
     field: FieldOption = None,
     strict: StrictFlag = False,
     store: StoreOption = None,
@@ -591,7 +596,7 @@ def rank(
     """
     settings = _settings_of_judge(
         judge, votes, score, seed, max_tokens, decoding, rubric, criteria, task, long, context, threads, parallel,
-        tokenizer, deterministic,
+        tokenizer, deterministic, form,
     )  # fmt: skip
     _judge_file("rank", judge, file, settings, out, votes, most, score, field, strict, force, store, no_store, as_json)
 
@@ -827,6 +832,7 @@ def _settings_of_judge(
     parallel: int | None,
     tokenizer: Path | None,
     deterministic: bool,
+    form: str,
 ) -> dict[str, Any]:
     """Options as `Judge.load` takes them. Only a GGUF file here can be held to the protocol."""
     from patarm_lite.judge.verbs import plan_of
@@ -845,6 +851,7 @@ def _settings_of_judge(
         "sequences": parallel,
         "tokenizer": tokenizer,
         "deterministic": deterministic,
+        "form": form,
         "key": (os.environ.get("PATARM_API_KEY") or None) if _remote(place) else None,
     }
 

@@ -22,6 +22,8 @@ from patarm_lite.records import Pair, Rubric, Turn
 from patarm_lite.rubrics import rubric_text
 
 NAME = "patarm-lite/1"
+FORMS = ("own", "shared")
+"""Forms of judging: the rubric written in the judgement, or before any response is seen and shared by all of them."""
 INPUT_TAGS = ("task", "rubrics", "prompt", "turn", "response", "reference")
 OUTPUT_TAGS = ("generated_rubrics", "eval", "score")
 BROKEN = "‹"
@@ -32,6 +34,8 @@ are user-defined tokens like `[PAD151646]` (GGUF files of Qwen have been made so
 
 USER, END_OF_TURN, ASSISTANT = "<|im_start|>user\n", "<|im_end|>\n", "<|im_start|>assistant\n"
 NO_THINKING = "<think>\n\n</think>\n\n"
+AFTER_RUBRIC = END_OF_TURN.removeprefix("<|im_end|>")
+"""What stands between the end token of a rubric, which is the judge's own, and the second user turn."""
 START_TOKEN, END_TOKEN = "<|im_start|>", "<|im_end|>"
 ROLES = ("system", "user", "assistant")
 _ALWAYS = "/?(?:" + "|".join((*INPUT_TAGS, *OUTPUT_TAGS, "think")) + r")(?!\w)|\|im_(?:start|end)\|>"
@@ -62,16 +66,20 @@ class Protocol:
     """What fixes a judging prompt besides its contents. Stored with every judge.
 
     `instructions`: whether the turn begins with the written explanation of the protocol (a judge trained from
-    scratch does without). `thinking`: whether the judge may think before its judgement.
+    scratch does without). `thinking`: whether the judge may think before its judgement. `forms`: those of `FORMS`
+    that the judge serves.
     """
 
     name: str = NAME
     instructions: bool = True
     thinking: bool = False
+    forms: tuple[str, ...] = ("own",)
 
     def __post_init__(self) -> None:
         if self.name != NAME:
             raise UserError(f"protocol {self.name!r} is not known here; this version runs {NAME!r}")
+        if not self.forms or not set(self.forms) <= set(FORMS):
+            raise UserError(f"the protocol's forms {list(self.forms)} are not all known; there are: {', '.join(FORMS)}")
 
 
 @functools.cache
@@ -90,38 +98,64 @@ def segments(
     rubric: Rubric,
     reference: str | None = None,
 ) -> list[Segment]:
-    """The judging prompt as template parts and contents, up to where the judge begins to write.
+    """The judging prompt of form `own` as template parts and contents, up to where the judge begins to write.
 
     Raises:
         UserError: for a prompt without turns or a role that a chat can't have.
     """
+    beginning = USER + (prompt_text("instructions") + "\n\n" if protocol.instructions else "")
+    blocks = [*_question(prompt, task, rubric), *_answer(response, reference)]
+    return _laid_out(protocol, beginning, blocks)
+
+
+def rubric_segments(protocol: Protocol, prompt: Sequence[Turn], *, task: str, rubric: Rubric) -> list[Segment]:
+    """The first turn of form `shared`, up to where the judge begins to write its rubric. It holds no response.
+
+    Raises:
+        UserError: as `segments`.
+    """
+    beginning = USER + (prompt_text("instructions_shared") + "\n\n" if protocol.instructions else "")
+    return _laid_out(protocol, beginning, _question(prompt, task, rubric))
+
+
+def response_segments(protocol: Protocol, response: str, *, reference: str | None = None) -> list[Segment]:
+    """The second turn of form `shared`, from behind the end token of the rubric up to where the judge begins to
+    evaluate."""
+    return _laid_out(protocol, AFTER_RUBRIC + USER, _answer(response, reference))
+
+
+Block = tuple[str, str, str]
+"""What stands on the line before a content, the content, and what stands on the line behind it."""
+
+
+def _question(prompt: Sequence[Turn], task: str, rubric: Rubric) -> list[Block]:
     if not prompt:
         raise UserError("the prompt has no turns; give at least one, e.g. Turn('user', TEXT)")
-    parts: list[Segment] = []
-    template = USER + (prompt_text("instructions") + "\n\n" if protocol.instructions else "")
-
-    def content(opening: str, text: str, closing: str) -> None:
-        nonlocal template
-        parts.append(Segment(template + opening + "\n", False))
-        parts.append(Segment(text, True))
-        template = "\n" + closing
-
-    content("<task>", task, "</task>\n")
-    content("<rubrics>", rubric_text(rubric), "</rubrics>\n")
+    blocks = [("<task>", task, "</task>"), ("<rubrics>", rubric_text(rubric), "</rubrics>")]
     if len(prompt) == 1 and prompt[0].role == "user":
-        content("<prompt>", prompt[0].content, "</prompt>\n")
-    else:
-        template += "<prompt>\n"
-        for turn in prompt:
-            if turn.role not in ROLES:
-                raise UserError(f"role {turn.role!r} in a chat is not one of {', '.join(ROLES)}")
-            content(f"<turn role={turn.role}>", turn.content, "</turn>\n")
-        template += "</prompt>\n"
-    if reference is not None:
-        content("<reference>", reference, "</reference>\n")
-    content("<response>", response, "</response>")
-    parts.append(Segment(template + END_OF_TURN + ASSISTANT + ("" if protocol.thinking else NO_THINKING), False))
-    return parts
+        return [*blocks, ("<prompt>", prompt[0].content, "</prompt>")]
+    for number, turn in enumerate(prompt, 1):
+        if turn.role not in ROLES:
+            raise UserError(f"role {turn.role!r} in a chat is not one of {', '.join(ROLES)}")
+        opening = ("<prompt>\n" if number == 1 else "") + f"<turn role={turn.role}>"
+        blocks.append((opening, turn.content, "</turn>" + ("\n</prompt>" if number == len(prompt) else "")))
+    return blocks
+
+
+def _answer(response: str, reference: str | None) -> list[Block]:
+    known = [] if reference is None else [("<reference>", reference, "</reference>")]
+    return [*known, ("<response>", response, "</response>")]
+
+
+def _laid_out(protocol: Protocol, beginning: str, blocks: Sequence[Block]) -> list[Segment]:
+    """A user turn and the beginning of the judge's."""
+    parts: list[Segment] = []
+    template = beginning
+    for opening, text, closing in blocks:
+        parts += [Segment(f"{template}{opening}\n", False), Segment(text, True)]
+        template = f"\n{closing}\n"
+    ending = END_OF_TURN + ASSISTANT + ("" if protocol.thinking else NO_THINKING)
+    return [*parts, Segment(template.removesuffix("\n") + ending, False)]
 
 
 def inert(text: str, tokens: Iterable[str] = ()) -> str:
@@ -239,9 +273,37 @@ class Encoder:
         rubric: Rubric,
         reference: str | None = None,
     ) -> list[int]:
-        """The ids a judge reads for one response, template included."""
+        """Form `own`: the ids a judge reads for one response, template included."""
+        return self._ids(segments(self.protocol, prompt, response, task=task, rubric=rubric, reference=reference))
+
+    def rubric_prompt_ids(self, prompt: Sequence[Turn], *, task: str, rubric: Rubric) -> list[int]:
+        """Form `shared`: the ids a judge reads before it writes the rubric for a prompt."""
+        return self._ids(rubric_segments(self.protocol, prompt, task=task, rubric=rubric))
+
+    def response_prompt_ids(
+        self,
+        prompt: Sequence[Turn],
+        response: str,
+        *,
+        task: str,
+        rubric: Rubric,
+        rubric_text: str,
+        reference: str | None = None,
+    ) -> list[int]:
+        """Form `shared`: the ids a judge reads before it evaluates one response: both turns.
+
+        They begin with those of `rubric_prompt_ids` and of the rubric as a judgement.
+
+        Args:
+            rubric: the primary rubric, as in `rubric_prompt_ids`.
+            rubric_text: what the judge wrote there, its tags included (`verdicts.RubricPart.text`).
+        """
+        ids = self.rubric_prompt_ids(prompt, task=task, rubric=rubric) + self.judgement_ids(rubric_text)
+        return ids + self._ids(response_segments(self.protocol, response, reference=reference))
+
+    def _ids(self, parts: Sequence[Segment]) -> list[int]:
         ids: list[int] = []
-        for part in segments(self.protocol, prompt, response, task=task, rubric=rubric, reference=reference):
+        for part in parts:
             ids += self.content_ids(part.text) if part.content else self._template(part.text)
         return ids
 

@@ -81,6 +81,9 @@ class SftSection(_Section):
     )
     file: str | None = Field(None, description="source 'file': JSONL with prompt, response, task, judgement")
     init: str | None = Field(None, description="a run folder whose SFT judge is taken instead of training one")
+    shared: float = Field(
+        0.0, ge=0, lt=1, description="share of the arena's judgements in form shared: the rubric first, then a response"
+    )
     steps: int = Field(900, ge=1, description="optimiser steps")
     batch_size: int = Field(64, ge=1, description="judgements a step")
     lr: float = Field(4e-3, gt=0, description="peak learning rate, cosine to 5 %")
@@ -176,6 +179,11 @@ class Recipe(_Section):
             )
         if self.sft.source == "file" and not self.sft.file:
             raise ValueError("sft.source is 'file' but sft.file names none")
+        if self.sft.shared and self.sft.source != "arena":
+            raise ValueError(
+                f"sft.shared={self.sft.shared:g} is a share of the arena's judgements, but sft.source is "
+                f"{self.sft.source}; set sft.shared=0"
+            )
         return self
 
 

@@ -12,14 +12,17 @@ A judgement of protocol `patarm-lite/1` is three blocks, in this order, once eac
 
 then white space and the end token. What breaks the frame is a `problem` and there is no score. What is wrong
 inside a sound frame is a `fault`: the score stands. Blank lines and white space at a line's end don't matter, so
-CRLF is read as LF.
+CRLF is read as LF. In form `shared` the first block is an answer of its own, written before the response is seen, and
+the other two are the second answer.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from patarm_lite.records import CriterionScore, Verdict
+from patarm_lite.records import CriterionScore, Rubric, Verdict
 from patarm_lite.rubrics import NAME_PATTERN, NUMBER_PATTERN, WEIGHTS, read_line
 
 PROBLEMS = {
@@ -78,31 +81,90 @@ def parse(text: str, ended: bool = True, thinking: bool = False) -> Verdict:
     >>> parse("<score>6</score>").problem
     'tags_missing'
     """
+    found = _blocks(text, TAGS, ended, thinking)
+    if isinstance(found, str):
+        return Verdict(None, found)
+    rubric_block, eval_block, score_text = found
+    return _scored(score_text, rubric_block, eval_block)
+
+
+@dataclass(frozen=True, slots=True)
+class RubricPart:
+    """The first answer of form `shared`, as it was read: either `problem` says why it can't be, or the rest holds.
+
+    `text` is the block with its tags, which the judge reads again before it evaluates; `rubric` its sound criteria.
+    """
+
+    problem: str | None
+    text: str = ""
+    rubric: Rubric = ()
+
+
+def parse_rubric_part(text: str, ended: bool = True, thinking: bool = False) -> RubricPart:
+    """Read the rubric that a judge wrote before it saw a response. Arguments and problems are those of `parse`.
+
+    >>> parse_rubric_part('''<generated_rubrics>
+    ... tone (2): is friendly
+    ... </generated_rubrics>''').rubric
+    (Criterion(name='tone', description='is friendly', weight=2),)
+    >>> parse_rubric_part("tone (2): is friendly").problem
+    'tags_missing'
+    """
+    found = _blocks(text, TAGS[:2], ended, thinking)
+    if isinstance(found, str):
+        return RubricPart(found)
+    criteria = [read_line(line) for line in _lines(found[0])[0]]
+    sound = tuple(c for c in criteria if c is not None and c.weight in WEIGHTS)
+    return RubricPart(None, f"{TAGS[0]}{found[0]}{TAGS[1]}", sound)
+
+
+def parse_evaluation(text: str, part: RubricPart, ended: bool = True, thinking: bool = False) -> Verdict:
+    """Read the evaluation of a response by a rubric written before: the verdict of both parts together.
+
+    It is that of `parse` for one judgement of both. A rubric that can't be read makes the judgement unreadable, with
+    the rubric's problem. Arguments and problems are those of `parse`.
+    """
+    if part.problem is not None:
+        return Verdict(None, part.problem)
+    found = _blocks(text, TAGS[2:], ended, thinking)
+    if isinstance(found, str):
+        return Verdict(None, found)
+    eval_block, score_text = found
+    return _scored(score_text, part.text[len(TAGS[0]) : -len(TAGS[1])], eval_block)
+
+
+def _blocks(text: str, tags: Sequence[str], ended: bool, thinking: bool) -> list[str] | str:
+    """What stands in the blocks of these tags (opening, closing, ...), or the problem that keeps them from being read.
+
+    A tag of the protocol that is none of these has no place in the text.
+    """
     if not ended:
-        return Verdict(None, "truncated")
+        return "truncated"
     if len(text) > LONGEST:
-        return Verdict(None, "too_long")
+        return "too_long"
     if thinking and text.lstrip().startswith("<think>"):
         thought, closing, rest = text.partition("</think>")
         text = rest.lstrip() if closing else thought
     if _CONTROL.search(text):
-        return Verdict(None, "control_token")
+        return "control_token"
     if text.count("<score>") > 1:
-        return Verdict(None, "two_scores")
-    places = [text.find(tag) for tag in TAGS]
+        return "two_scores"
+    places = [text.find(tag) for tag in tags]
     if -1 in places:
-        return Verdict(None, "tags_missing")
-    at_line_start = all(place == 0 or text[place - 1] == "\n" for place in places[:5])
-    once = all(text.count(tag) == 1 for tag in TAGS)
+        return "tags_missing"
+    starts = [place for tag, place in zip(tags, places, strict=True) if tag != "</score>"]
+    at_line_start = all(place == 0 or text[place - 1] == "\n" for place in starts)
+    once = all(text.count(tag) == (tag in tags) for tag in TAGS)
     if places != sorted(places) or not at_line_start or not once:
-        return Verdict(None, "tags_order")
-    ends = [place + len(tag) for tag, place in zip(TAGS, places, strict=True)]
-    before = text[: places[0]]
-    rubric_block, between_1, eval_block, between_2, score_text, after = (
-        text[end:start] for end, start in zip(ends, [*places[1:], len(text)], strict=True)
-    )
-    if any(outside.strip() for outside in (before, between_1, between_2, after)):
-        return Verdict(None, "text_outside")
+        return "tags_order"
+    ends = [place + len(tag) for tag, place in zip(tags, places, strict=True)]
+    pieces = [text[end:start] for end, start in zip([0, *ends], [*places, len(text)], strict=True)]
+    if any(outside.strip() for outside in pieces[::2]):
+        return "text_outside"
+    return pieces[1::2]
+
+
+def _scored(score_text: str, rubric_block: str, eval_block: str) -> Verdict:
     if not score_text.strip():
         return Verdict(None, "no_score")
     if score_text in _LEGAL:

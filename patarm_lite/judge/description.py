@@ -3,6 +3,7 @@
     schema                      1
     version                     of patarm-lite that wrote the file
     protocol.name, .instructions, .thinking
+    protocol.forms              list of the forms it serves; none: `own` alone
     score.min, score.max        1 and 10
     rubric.kind                 `standard` or `arena`; rubric.chat, .math, .code, .safety: text of the primary rubrics
     trained                     whether the judge was trained to the protocol
@@ -93,6 +94,7 @@ def describe(
         "protocol.name": protocol.name,
         "protocol.instructions": protocol.instructions,
         "protocol.thinking": protocol.thinking,
+        "protocol.forms": None if protocol.forms == ("own",) else protocol.forms,
         "score.min": SCORES[0],
         "score.max": SCORES[1],
         "rubric.kind": kind,
@@ -171,7 +173,11 @@ def _protocol(found: Mapping[str, Any]) -> Protocol:
     if not any(key.startswith("protocol.") for key in found):
         return Protocol()
     flags = [_get(found, f"protocol.{flag}", bool) for flag in ("instructions", "thinking")]
-    return Protocol(_get(found, "protocol.name", str), *flags)
+    forms = _get(found, "protocol.forms", list, ["own"])
+    if not all(isinstance(form, str) for form in forms):
+        raise _damaged("protocol.forms", forms)
+    instructions, thinking = flags
+    return Protocol(_get(found, "protocol.name", str), instructions, thinking, tuple(forms))
 
 
 def _get(found: Mapping[str, Any], key: str, kind: type, default: Any = None) -> Any:

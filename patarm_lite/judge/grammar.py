@@ -32,6 +32,7 @@ may lengthen a name, which is written twice, or begin a character of four bytes.
 
 BETWEEN, SCORE_OPEN, SCORE_CLOSE = "</generated_rubrics>\n<eval>\n", "</eval>\n<score>", "</score>"
 RUBRIC_OPEN, THINK_OPEN, THINK_CLOSE = "<generated_rubrics>\n", "<think>\n", "</think>"
+RUBRIC_CLOSE, EVAL_OPEN = "</generated_rubrics>", "<eval>\n"
 FILLER, NO_MEANING, SCORE_END = " - (", "): -\n", ")\n"
 NAME_ENDS = (" (", "(", "- (", *(f" {number} (" for number in range(2, 8)))
 """Ways to end a name by force; the first that gives a sound name of its own is taken."""
@@ -82,8 +83,8 @@ class Rules:
         self.tail = len(self.ids(SCORE_OPEN)) + 2 + len(self.close)
         self.finding_cut = max(len(self.ids(FILLER)), len(self.ids(FILLER[1:]))) + 2 + len(self.ids(SCORE_END))
         self.rubric_cut = max(len(self.ids(end)) for end in NAME_ENDS) + 1 + len(self.ids(NO_MEANING))
-        invented = max(len(self.ids(name + ":")) for name in INVENTED_NAMES)
-        self.whole_criterion = invented + self.rubric_cut + invented + self.finding_cut
+        self.invented = max(len(self.ids(name + ":")) for name in INVENTED_NAMES)
+        self.whole_criterion = self.invented + self.rubric_cut + self.invented + self.finding_cut
 
     def check_budget(self, tokens: int) -> None:
         """Refuse a number of tokens that may not suffice for the shortest judgement."""

@@ -28,6 +28,7 @@ from patarm_lite.judge.description import Description
 from patarm_lite.judge.fitting import LONG, Long, fitted
 from patarm_lite.judge.pinned import check_forced
 from patarm_lite.judge.scored import Scored, summarised
+from patarm_lite.prompts import FORMS
 from patarm_lite.records import TASKS, Rubric, Turn, Vote
 
 Prompt = str | Sequence[Turn] | Sequence[Mapping[str, Any]]
@@ -126,6 +127,7 @@ class Judge:
         tokenizer: str | Path | None = None,
         key: str | None = None,
         deterministic: bool = False,
+        form: str = "own",
         plan: Plan | None = None,
         rubric: Rubric | str | Path | None = None,
         criteria: Rubric | str | Path | None = None,
@@ -141,6 +143,8 @@ class Judge:
                 what a server says.
             sequences: votes that are written at once; with a server, requests that are under way at once.
             deterministic: equal input gives equal bits, whatever else is judged; a GGUF file only, and slower.
+            form: of the protocol: `own` writes the rubric in the judgement; `shared` writes it before any response is
+                seen, once for all responses to a prompt (a GGUF file of a judge that was trained to it).
             tokenizer, key: for servers, see `openai_backend.OpenAIBackend.load`.
             plan, rubric, criteria, task, long: as for `Judge`; rubrics also as files (see `rubric_files`). A primary
                 rubric's file that names a task sets it, where `task` is auto.
@@ -164,6 +168,7 @@ class Judge:
             tokenizer=tokenizer,
             key=key,
             deterministic=deterministic,
+            form=form,
         )
         try:
             return cls(backend, description, **settings)
@@ -319,13 +324,18 @@ def open_backend(
     tokenizer: str | Path | None = None,
     key: str | None = None,
     deterministic: bool = False,
+    form: str = "own",
 ) -> tuple[Backend, Description]:
     """A backend for a judge, and what the judge says of itself. Arguments as for `Judge.load`.
 
     Raises:
         UserError: nothing there, or something that no backend runs.
     """
+    if form not in FORMS:
+        raise UserError(f"form {form!r} is not one of {', '.join(FORMS)}.{nearest(form, FORMS)}")
     remote = str(place).startswith(("http://", "https://"))
+    if form != "own" and (remote or Path(place).is_dir()):
+        raise UserError(f"form {form} runs on llama.cpp alone, and {place} is no GGUF file; export the judge first")
     if deterministic and (remote or Path(place).is_dir()):
         raise UserError(f"only a GGUF file judges bit for bit alike, and {place} is none; leave out deterministic")
     if remote:
@@ -348,7 +358,12 @@ def open_backend(
     from patarm_lite.judge.llama_backend import LlamaBackend
 
     backend = LlamaBackend.load(
-        path, threads=threads, context=context or CONTEXT, sequences=sequences or SEQUENCES, deterministic=deterministic
+        path,
+        threads=threads,
+        context=context or CONTEXT,
+        sequences=sequences or SEQUENCES,
+        deterministic=deterministic,
+        form=form,
     )
     return backend, backend.description
 

@@ -20,6 +20,7 @@ from patarm_lite.judge.backend import Item, Plan, Tokens
 from patarm_lite.judge.description import Description, fingerprint, read_description
 from patarm_lite.judge.llamacpp import LlamaCpp
 from patarm_lite.judge.pinned import check_forced, pinned
+from patarm_lite.judge.shared_form import SharedForm
 from patarm_lite.records import Rubric, Vote
 
 Asked = Sequence[tuple[Item, Sequence[int]]]
@@ -31,18 +32,23 @@ class LlamaBackend:
     Attributes:
         description: what the file says of itself. `trained`: whether to the protocol.
         context: tokens that a judging prompt and its judgement may have together.
-        name: `llamacpp`, or `llamacpp-deterministic`: kept votes of the one are not taken for those of the other.
+        name: `llamacpp`, with `-deterministic` and `-shared` behind it where that holds: kept votes of the one are not
+            taken for those of the other.
+        form: of the protocol, `own` or `shared`.
     """
 
     tokens: Tokens = "exact"
 
-    def __init__(self, model: LlamaCpp, description: Description, mark: str, deterministic: bool) -> None:
+    def __init__(
+        self, model: LlamaCpp, description: Description, mark: str, deterministic: bool, form: str = "own"
+    ) -> None:
         self.model, self.description, self.fingerprint = model, description, mark
         self.protocol, self.trained = description.protocol, description.trained
         self.context = model.context
         self.encoder = model.encoder(description.protocol)
-        self.deterministic = deterministic
-        self.name = "llamacpp-deterministic" if deterministic else "llamacpp"
+        self.deterministic, self.form = deterministic, form
+        self.name = "llamacpp" + ("-deterministic" if deterministic else "") + ("-shared" if form == "shared" else "")
+        self._shared = SharedForm(model, self.encoder, deterministic) if form == "shared" else None
 
     @classmethod
     def load(
@@ -53,6 +59,7 @@ class LlamaBackend:
         context: int = 4096,
         sequences: int = 32,
         deterministic: bool = False,
+        form: str = "own",
     ) -> LlamaBackend:
         """Load a GGUF judge: checked in a child process first, then read into memory whole.
 
@@ -61,26 +68,34 @@ class LlamaBackend:
             context: tokens that a judging prompt and its judgement may have together, at most.
             sequences: votes that are written at once.
             deterministic: equal input gives equal bits, whatever else is asked for; slower (see `LlamaCpp.stream`).
+            form: of the protocol: `own`, or `shared` where the judge was trained to it.
 
         Raises:
-            UserError: no such file, one that can't be used, or one that changed while it was loaded.
+            UserError: no such file, one that can't be used, one that changed while it was loaded, or a judge that does
+                not serve the form.
         """
         path = Path(path)
         description = read_description(read_gguf(path).metadata)
+        if form not in description.protocol.forms:
+            served = " and ".join(description.protocol.forms)
+            raise UserError(
+                f"{path} judges in form {served} and was not trained to form {form}; take form {served}, or a judge"
+                " trained with sft.shared, e.g. recipe both"
+            )
         before = _stamp(path)
         model = LlamaCpp.load(path, context=context, sequences=sequences, threads=threads)
         try:
             mark = fingerprint(path)
             if _stamp(path) != before:
                 raise UserError(f"{path} changed while it was loaded; wait until it is written, then try again")
-            return cls(model, description, mark, deterministic)
+            return cls(model, description, mark, deterministic, form)
         except BaseException:
             model.close()
             raise
 
     def prompt_tokens(self, item: Item) -> int:
-        """Tokens of an item's judging prompt."""
-        return len(self._ids(item))
+        """Tokens of an item's judging prompt; in form `shared` those of both turns, without what the judge writes."""
+        return len(self._ids(item)) if self._shared is None else self._shared.prompt_tokens(item)
 
     def votes(self, asked: Asked, plan: Plan) -> Iterator[tuple[int, int, Vote]]:
         """Votes of items as they are finished (see `backend.Backend.votes`). Items of one prompt are best given one
@@ -89,6 +104,9 @@ class LlamaBackend:
         Raises:
             UserError: an item that doesn't fit the context, a rubric that can't be forced, damaged weights.
         """
+        if self._shared is not None:
+            yield from self._shared.votes(asked, plan)
+            return
         for criteria, places in _by_criteria(asked).items():
             form = None
             if criteria is not None:

@@ -39,7 +39,7 @@ from patarm_lite.judge.loading import ARCHITECTURE, LOG, check_file, check_heade
 from patarm_lite.judge.sampling import draw, probabilities, race
 from patarm_lite.metrics import expected_score
 from patarm_lite.prompts import NO_THINKING, Encoder, Protocol
-from patarm_lite.records import Vote
+from patarm_lite.records import Verdict, Vote
 from patarm_lite.verdicts import parse
 
 Ids = Sequence[int]
@@ -377,7 +377,8 @@ class LlamaCpp:
         expected: bool = True,
         deterministic: bool = False,
         keep: bool = False,
-        form: Callable[[], Form] | None = None,
+        form: Callable[[], Form] | Sequence[Callable[[], Form]] | None = None,
+        read: Callable[[int, str, bool], Verdict] | None = None,
     ) -> Iterator[tuple[int, int, Vote]]:
         """Votes as they are finished: (place in `asked`, index of the vote, vote).
 
@@ -398,7 +399,8 @@ class LlamaCpp:
             deterministic: one prompt at a time, from an empty cache: its votes are the same, bit for bit, whatever
                 else is asked for, on one machine with the same indices, `sequences` and threads. Slower.
             keep: whether what the last call read may be used: for more votes on the same prompts.
-            form: makes the form that constrains a judgement, in place of the protocol's.
+            form: makes the form that constrains a judgement, in place of the protocol's; or one such for each prompt.
+            read: what reads a judgement, in place of `verdicts.parse`: (place in `asked`, text, whether it ended).
 
         Raises:
             UserError: a prompt that doesn't fit the context, too few tokens for any judgement in constrained decoding,
@@ -421,7 +423,10 @@ class LlamaCpp:
             rules = self.rules_of(encoder)
             rules.check_budget(max_tokens)
             form = partial(Form, rules, max_tokens)
-        run = _Run(self, asked, encoder, seed, temperature, top_k, form, max_tokens, expected, deterministic)
+        forms = [form] * len(asked) if form is None or callable(form) else form
+        if read is None:
+            read = partial(_whole, encoder.protocol.thinking)
+        run = _Run(self, asked, encoder, seed, temperature, top_k, forms, read, max_tokens, expected, deterministic)
         longest = max(len(prompt) for prompt, indices in asked if indices)
         slots = self._make_room(longest + max_tokens + 1, votes)
         if keep and not deterministic:
@@ -642,13 +647,14 @@ class _Run:
         seed: int,
         temperature: float,
         top_k: int,
-        form: Callable[[], Form] | None,
+        forms: Sequence[Callable[[], Form] | None],
+        read: Callable[[int, str, bool], Verdict],
         max_tokens: int,
         expected: bool,
         alone: bool,
     ) -> None:
-        self.model, self.asked, self.encoder = model, asked, encoder
-        self.seed, self.temperature, self.top_k, self.form = seed, temperature, top_k, form
+        self.model, self.asked, self.encoder, self.read = model, asked, encoder, read
+        self.seed, self.temperature, self.top_k, self.forms = seed, temperature, top_k, forms
         self.max_tokens, self.expected, self.alone = max_tokens, expected, alone
         self.open = model.tokenize(OPEN)
         self.close = model.tokenize(CLOSE)[0]
@@ -693,7 +699,8 @@ class _Run:
     def _begin(self, prompt: int, vote: int) -> None:
         """Give a vote a slot that holds its prompt; before the first vote of a prompt, read the prompt."""
         model = self.model
-        form = self.form() if self.form else None
+        make = self.forms[prompt]
+        form = make() if make else None
         opening = form.begin() if form is not None else []
         slot = heapq.heappop(self.free)
         if prompt != self.reading:
@@ -793,7 +800,7 @@ class _Run:
         end = self.encoder.end_id
         ended = live.ids[-1] == end
         live.text = self.model.text(live.ids[:-1] if ended else live.ids)
-        live.verdict = parse(live.text, ended, self.encoder.protocol.thinking)
+        live.verdict = self.read(live.prompt, live.text, ended)
         if live.verdict.score is None or live.digit_at < 0:
             live.digits = []
         if live.digits and live.ten_or_one is None:
@@ -811,6 +818,11 @@ class _Run:
         self.finished.append((live.prompt, live.vote, Vote(live.verdict, live.text, score, mass, len(live.ids))))
         self.live.remove(live)
         heapq.heappush(self.free, live.slot)
+
+
+def _whole(thinking: bool, place: int, text: str, ended: bool) -> Verdict:
+    """A judgement of form `own`, wherever it stands."""
+    return parse(text, ended, thinking)
 
 
 def added_tokens(metadata: Mapping[str, Any]) -> dict[str, int]:

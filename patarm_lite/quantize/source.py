@@ -271,11 +271,13 @@ def _protocol(folder: Path) -> tuple[Protocol, str, bool]:
         return Protocol(), "standard", False
     data = read_json(path)
     name, rubric = data.get("protocol"), data.get("rubric")
-    instructions, thinking = data.get("instructions"), data.get("thinking")
+    instructions, thinking, forms = data.get("instructions"), data.get("thinking"), data.get("forms", ["own"])
     flags = isinstance(instructions, bool) and isinstance(thinking, bool)
     if not isinstance(name, str) or rubric not in ("arena", "standard") or not flags:
         raise UserError(f"{path} lacks protocol, instructions, thinking or rubric (arena or standard); copy it again")
-    return Protocol(name, bool(instructions), bool(thinking)), rubric, True
+    if not isinstance(forms, list) or not all(isinstance(form, str) for form in forms):
+        raise UserError(f"{path} has forms that are no list of names; copy it again")
+    return Protocol(name, bool(instructions), bool(thinking), tuple(forms)), rubric, True
 
 
 def _tokenizer(folders: list[Path], shape: ModelShape) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -107,16 +108,30 @@ def fit_pairs(
 
 
 def arena_examples(recipe: Recipe, encoder: Encoder) -> list[Example]:
-    """Judgements of the arena's biased teacher, each seen once."""
+    """Judgements of the arena's biased teacher, each seen once; a share of `sft.shared` of them in form `shared`."""
     count = recipe.sft.steps * recipe.sft.batch_size
     drawn = itertools.islice(arena.sft_examples(recipe.arena, recipe.seed), count)
+    chance = random.Random(f"shared {recipe.seed}")
     return [
-        Example.of(
-            encoder.prompt_ids(pair.prompt, response, task=pair.task, rubric=arena.RUBRICS[pair.task]),
-            encoder.judgement_ids(judgement),
-        )
+        (shared_example if chance.random() < recipe.sft.shared else own_example)(encoder, pair, response, judgement)
         for pair, response, judgement in drawn
     ]
+
+
+def own_example(encoder: Encoder, pair: Pair, response: str, judgement: str) -> Example:
+    """A judgement of an arena pair's side, in form `own`."""
+    prompt = encoder.prompt_ids(pair.prompt, response, task=pair.task, rubric=arena.RUBRICS[pair.task])
+    return Example.of(prompt, encoder.judgement_ids(judgement))
+
+
+def shared_example(encoder: Encoder, pair: Pair, response: str, judgement: str) -> Example:
+    """The same judgement in form `shared`: both answers are learned, what the judge reads between them is not."""
+    rubric_text, evaluation = arena.in_two_parts(judgement)
+    rubric = arena.RUBRICS[pair.task]
+    first = encoder.rubric_prompt_ids(pair.prompt, task=pair.task, rubric=rubric)
+    read = encoder.response_prompt_ids(pair.prompt, response, task=pair.task, rubric=rubric, rubric_text=rubric_text)
+    written = len(first) + len(encoder.judgement_ids(rubric_text))
+    return Example([*read, *encoder.judgement_ids(evaluation)], len(first), (written, len(read)))
 
 
 def file_examples(

@@ -167,6 +167,8 @@ def save_judge(model: Any, tokenizer: Any, protocol: PromptProtocol, rubric: str
     model.save_pretrained(temporary, safe_serialization=True)
     tokenizer.save_pretrained(temporary)
     described = {"protocol": protocol.name, "instructions": protocol.instructions, "thinking": protocol.thinking}
+    if protocol.forms != ("own",):
+        described["forms"] = list(protocol.forms)
     (temporary / PROTOCOL_FILE).write_text(
         json.dumps({**described, "rubric": rubric}, indent=1) + "\n", encoding="utf-8"
     )
@@ -185,7 +187,8 @@ def load_protocol(folder: Path) -> tuple[PromptProtocol, str]:
     if not path.is_file():
         raise UserError(f"{folder} holds no {PROTOCOL_FILE}: not a judge of patarm-lite")
     data = json.loads(path.read_text(encoding="utf-8"))
-    return PromptProtocol(data["protocol"], data["instructions"], data["thinking"]), data["rubric"]
+    forms = tuple(data.get("forms", ["own"]))
+    return PromptProtocol(data["protocol"], data["instructions"], data["thinking"], forms), data["rubric"]
 
 
 def _remove(folder: Path) -> None:

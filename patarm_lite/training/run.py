@@ -26,7 +26,7 @@ import yaml
 from patarm_lite import __version__, arena
 from patarm_lite.errors import UserError
 from patarm_lite.metrics import judged_to_rows, pair_to_row, rows_to_judged
-from patarm_lite.prompts import Encoder, Protocol, decode_judgement
+from patarm_lite.prompts import FORMS, Encoder, Protocol, decode_judgement
 from patarm_lite.recipe import Recipe, load_recipe
 from patarm_lite.records import JudgedPair, Pair, Rubric
 from patarm_lite.report import write_report
@@ -76,7 +76,9 @@ class Context:
 
     @property
     def protocol(self) -> Protocol:
-        return Protocol(instructions=self.recipe.protocol.instructions, thinking=self.recipe.protocol.thinking)
+        section = self.recipe.protocol
+        forms = FORMS if self.recipe.sft.shared else FORMS[:1]
+        return Protocol(instructions=section.instructions, thinking=section.thinking, forms=forms)
 
     @functools.cached_property
     def encoder(self) -> Encoder:

@@ -16,10 +16,14 @@ from patarm_lite.recipe import SftSection
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """Token ids of one judging prompt and of the judgement to learn, end token included."""
+    """Token ids of one judging prompt and of the judgement to learn, end token included.
+
+    `between`: where a second user turn stands in the judgement (form `shared`); those ids are not learned.
+    """
 
     input_ids: list[int]
     prompt_length: int
+    between: tuple[int, int] = (0, 0)
 
     @classmethod
     def of(cls, prompt_ids: Sequence[int], judgement_ids: Sequence[int]) -> Example:
@@ -27,7 +31,7 @@ class Example:
 
 
 def collate(examples: Sequence[Example]) -> dict[str, Any]:
-    """Right-padded `input_ids` and `labels` [B, L]; a label is -100 on the prompt and on padding.
+    """Right-padded `input_ids` and `labels` [B, L]; a label is -100 on what the judge reads and on padding.
 
     Padding stands behind every token that is learned, so a causal model needs no attention mask.
     """
@@ -40,6 +44,7 @@ def collate(examples: Sequence[Example]) -> dict[str, Any]:
         ids = torch.tensor(example.input_ids)
         input_ids[row, : len(ids)] = ids
         labels[row, example.prompt_length : len(ids)] = ids[example.prompt_length :]
+        labels[row, slice(*example.between)] = -100
     return {"input_ids": input_ids, "labels": labels}
 
 
