@@ -282,6 +282,23 @@ def test_a_model_folder_with_pairs_keeps_those_of_the_matrix_apart_from_those_of
     assert (out / "imatrix.gguf").is_file()
 
 
+def test_pairs_of_the_proof_never_make_the_matrix_of_a_run(little_run: Path, tmp_path: Path) -> None:
+    from patarm_lite.metrics import pair_to_row
+    from patarm_lite.quantize.request import Request, pairs_of
+    from patarm_lite.quantize.source import open_source
+    from patarm_lite.recipe import load_recipe
+    from patarm_lite.training.data import load_run_pairs
+
+    recipe = load_recipe(str(little_run / "recipe.yaml"))
+    seen = load_run_pairs(recipe, offline=True).train[:4]
+    file = tmp_path / "seen.jsonl"
+    file.write_text("".join(json.dumps(pair_to_row(pair)) + "\n" for pair in seen), encoding="utf-8")
+    request = Request(judge=str(little_run), out=tmp_path / "out", pairs=(str(file),))
+    heldin, heldout = pairs_of(request, open_source(str(little_run)), recipe)
+    assert len(heldout) == 4 and heldin
+    assert {pair.prompt for pair in heldin}.isdisjoint(pair.prompt for pair in heldout)
+
+
 def test_weights_that_are_not_numbers_are_refused_and_nothing_is_left(
     little_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -49,9 +49,14 @@ def halves(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
     pair falls into the same half in every file and every run."""
     parts: tuple[list[Pair], list[Pair]] = ([], [])
     for pair in pairs:
-        turns = json.dumps([[turn.role, turn.content] for turn in pair.prompt], ensure_ascii=False)
-        parts[hashlib.sha256(b"half" + turns.encode("utf-8", "surrogatepass")).digest()[0] % 2].append(pair)
+        parts[hashlib.sha256(b"half" + prompt_bytes(pair)).digest()[0] % 2].append(pair)
     return parts
+
+
+def prompt_bytes(pair: Pair) -> bytes:
+    """What is hashed of a pair's prompt, the same for all its pairs."""
+    turns = json.dumps([[turn.role, turn.content] for turn in pair.prompt], ensure_ascii=False)
+    return turns.encode("utf-8", "surrogatepass")
 
 
 def loss_bound(reference: Sequence[JudgedPair], other: Sequence[JudgedPair]) -> float:

@@ -17,6 +17,7 @@ from patarm_lite import __version__
 from patarm_lite.errors import UserError
 from patarm_lite.metrics import row_to_pair
 from patarm_lite.pairs import load_pairs
+from patarm_lite.quantize.choice import prompt_bytes
 from patarm_lite.quantize.four_bits import parts_of
 from patarm_lite.quantize.source import Source
 from patarm_lite.quantize.tensors import TensorFolder
@@ -81,21 +82,20 @@ def pairs_of(request: Request, source: Source, recipe: Recipe | None) -> tuple[l
         UserError: no pairs where the export needs some.
     """
     heldin: list[Pair] = []
-    heldout: list[Pair] = []
+    heldout = load_pairs(list(request.pairs), offline=request.offline).pairs if request.pairs else []
     if source.run is not None and recipe is not None:
         from patarm_lite.training.data import load_run_pairs
 
-        heldout = [row_to_pair(row) for row in read_lines(source.run / "heldout.jsonl")]
-        away = {pair.prompt for pair in heldout}
+        own = [row_to_pair(row) for row in read_lines(source.run / "heldout.jsonl")]
+        heldout = heldout if request.pairs else own
+        away = {pair.prompt for pair in (*own, *heldout)}
         kept = [p for p in load_run_pairs(recipe, request.offline).train if p.prompt not in away]
         heldin = sorted(kept, key=_place)[:HELD_IN]
-    if request.pairs:
-        heldout = load_pairs(list(request.pairs), offline=request.offline).pairs
-        if not heldin and request.imatrix == "judging":
-            prompts = sorted({_place(pair) for pair in heldout})
-            taken = set(prompts[: max(1, len(prompts) // 10)])
-            heldin = [pair for pair in heldout if _place(pair) in taken][:HELD_IN]
-            heldout = [pair for pair in heldout if _place(pair) not in taken]
+    if request.pairs and not heldin and request.imatrix == "judging":
+        prompts = sorted({_place(pair) for pair in heldout})
+        taken = set(prompts[: max(1, len(prompts) // 10)])
+        heldin = [pair for pair in heldout if _place(pair) in taken][:HELD_IN]
+        heldout = [pair for pair in heldout if _place(pair) not in taken]
     if request.fidelity and not heldout:
         raise UserError(
             f"{request.judge} brings no held-out pairs to prove the files on; give some with --pairs FILE, or export "
@@ -111,8 +111,7 @@ def pairs_of(request: Request, source: Source, recipe: Recipe | None) -> tuple[l
 
 def _place(pair: Pair) -> str:
     """A stable place in no order, the same for all pairs of a prompt."""
-    text = json.dumps([[turn.role, turn.content] for turn in pair.prompt], ensure_ascii=False)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return hashlib.sha256(prompt_bytes(pair)).hexdigest()
 
 
 def open_work(request: Request, types: Sequence[str], source: Source, force: bool) -> Path:
