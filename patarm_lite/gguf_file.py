@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,6 +24,8 @@ ALIGNMENT = 32
 MOST_DIMENSIONS = 4
 LONGEST_NAME = 127
 LONGEST_KEY = 65_535
+BLOCK = 1 << 22
+"""Bytes read at once by `blocks_of`."""
 
 TENSOR_TYPES = {
     0: ("F32", 1, 4),
@@ -116,6 +119,21 @@ class GgufFile:
             if tensor.name == name:
                 return tensor
         raise UserError(f"{self.path} has no tensor {name!r}")
+
+
+def blocks_of(data: BinaryIO, start: int, count: int) -> Iterator[bytes]:
+    """So many bytes of an open file from `start` on, in blocks that cost little memory.
+
+    Raises:
+        UserError: the file was cut since its header was read.
+    """
+    data.seek(start)
+    while count:
+        block = data.read(min(BLOCK, count))
+        if not block:
+            raise UserError(f"{data.name} was cut while it was read; get the file again")
+        yield block
+        count -= len(block)
 
 
 class _Damaged(Exception):

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from patarm_lite.prompts import Encoder
 from patarm_lite.prompts import Protocol as PromptProtocol
 from patarm_lite.records import Rubric, Turn, Vote
 
@@ -45,6 +46,11 @@ class Plan:
     seed: int = 1
     max_tokens: int = 1024
     expected: bool = True
+
+
+def prompt_ids(encoder: Encoder, item: Item) -> list[int]:
+    """The ids of an item's judging prompt."""
+    return encoder.prompt_ids(item.prompt, item.response, task=item.task, rubric=item.rubric, reference=item.reference)
 
 
 class Backend(Protocol):

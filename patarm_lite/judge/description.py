@@ -28,7 +28,7 @@ from typing import Any, BinaryIO
 from patarm_lite import __version__
 from patarm_lite.calibration import Calibration
 from patarm_lite.errors import UserError
-from patarm_lite.gguf_file import GgufFile, read_gguf
+from patarm_lite.gguf_file import blocks_of, read_gguf
 from patarm_lite.prompts import Protocol
 from patarm_lite.records import TASKS, Rubric
 from patarm_lite.rubrics import parse_rubric, primary_rubric, rubric_text
@@ -37,8 +37,6 @@ PREFIX = "patarm."
 SCHEMA = 1
 SCORES = (1, 10)
 RUN_KEYS = ("name", "seed", "method", "stage", "tuning")
-BLOCK = 1 << 20
-"""Bytes read at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,19 +219,14 @@ def fingerprint(path: Path) -> str:
     with path.open("rb") as data:
         for tensor in sorted(file.tensors, key=lambda tensor: tensor.name):
             found.update(json.dumps([tensor.name, tensor.type, tensor.shape]).encode() + b"\n")
-            _hash_range(found, data, tensor.offset, tensor.bytes, file)
+            _hash_range(found, data, tensor.offset, tensor.bytes)
         for key in sorted(file.spans):
             if key.startswith(("tokenizer.", f"{PREFIX}protocol.")):
                 start, end = file.spans[key]
-                _hash_range(found, data, start, end - start, file)
+                _hash_range(found, data, start, end - start)
     return found.hexdigest()
 
 
-def _hash_range(found: Any, data: BinaryIO, start: int, count: int, file: GgufFile) -> None:
-    data.seek(start)
-    while count:
-        block = data.read(min(BLOCK, count))
-        if not block:
-            raise UserError(f"{file.path} was cut while it was read; get the file again")
+def _hash_range(found: Any, data: BinaryIO, start: int, count: int) -> None:
+    for block in blocks_of(data, start, count):
         found.update(block)
-        count -= len(block)

@@ -16,7 +16,7 @@ from types import TracebackType
 
 from patarm_lite.errors import UserError
 from patarm_lite.gguf_file import read_gguf
-from patarm_lite.judge.backend import Item, Plan, Tokens
+from patarm_lite.judge.backend import Item, Plan, Tokens, prompt_ids
 from patarm_lite.judge.description import Description, fingerprint, read_description
 from patarm_lite.judge.llamacpp import LlamaCpp
 from patarm_lite.judge.pinned import check_forced, pinned
@@ -95,7 +95,7 @@ class LlamaBackend:
 
     def prompt_tokens(self, item: Item) -> int:
         """Tokens of an item's judging prompt; in form `shared` those of both turns, without what the judge writes."""
-        return len(self._ids(item)) if self._shared is None else self._shared.prompt_tokens(item)
+        return len(prompt_ids(self.encoder, item)) if self._shared is None else self._shared.prompt_tokens(item)
 
     def votes(self, asked: Asked, plan: Plan) -> Iterator[tuple[int, int, Vote]]:
         """Votes of items as they are finished (see `backend.Backend.votes`). Items of one prompt are best given one
@@ -115,7 +115,7 @@ class LlamaBackend:
                 check_forced(criteria)
                 form = pinned(self.model.rules_of(self.encoder), plan.max_tokens, criteria)
             stream = self.model.stream(
-                [(self._ids(asked[place][0]), asked[place][1]) for place in places],
+                [(prompt_ids(self.encoder, asked[place][0]), asked[place][1]) for place in places],
                 encoder=self.encoder,
                 seed=plan.seed,
                 temperature=plan.temperature,
@@ -138,11 +138,6 @@ class LlamaBackend:
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self.close()
-
-    def _ids(self, item: Item) -> list[int]:
-        return self.encoder.prompt_ids(
-            item.prompt, item.response, task=item.task, rubric=item.rubric, reference=item.reference
-        )
 
 
 def _by_criteria(asked: Asked) -> dict[Rubric | None, list[int]]:

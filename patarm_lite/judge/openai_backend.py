@@ -39,7 +39,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from patarm_lite.errors import UserError, missing_extra, nearest
-from patarm_lite.judge.backend import Item, Plan, Tokens
+from patarm_lite.judge.backend import Item, Plan, Tokens, prompt_ids
 from patarm_lite.judge.description import Description, read_description
 from patarm_lite.judge.endpoint import BUSY, FIRST_WAIT, Endpoint, Refused, Unreachable
 from patarm_lite.metrics import expected_score
@@ -311,9 +311,7 @@ class OpenAIBackend:
     def _ids(self, item: Item) -> list[int]:
         assert self._encoder is not None
         with self._encoding:
-            return self._encoder.prompt_ids(
-                item.prompt, item.response, task=item.task, rubric=item.rubric, reference=item.reference
-            )
+            return prompt_ids(self._encoder, item)
 
     def _text(self, item: Item) -> str:
         known = tuple(self._tokenizer.added) if self._tokenizer else QWEN3_TOKENS

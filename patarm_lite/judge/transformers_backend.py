@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from patarm_lite import arena
 from patarm_lite.errors import UserError, missing_extra
-from patarm_lite.judge.backend import Item, Plan, Tokens
+from patarm_lite.judge.backend import Item, Plan, Tokens, prompt_ids
 from patarm_lite.judge.description import Description
 from patarm_lite.prompts import Encoder
 from patarm_lite.records import Vote
@@ -94,7 +94,7 @@ class TransformersBackend:
 
     def prompt_tokens(self, item: Item) -> int:
         """Tokens of an item's judging prompt."""
-        return len(self._ids(item))
+        return len(prompt_ids(self.encoder, item))
 
     def votes(self, asked: Asked, plan: Plan) -> Iterator[tuple[int, int, Vote]]:
         """Votes of items, some batches at a time (see `backend.Backend.votes`).
@@ -117,7 +117,7 @@ class TransformersBackend:
                 raise UserError("a rubric can't be forced in free decoding; judge a GGUF, or leave out criteria")
             if not indices:
                 continue
-            ids = self._ids(item)
+            ids = prompt_ids(self.encoder, item)
             if len(ids) + plan.max_tokens > self.context:
                 raise UserError(
                     f"prompt {place + 1} of {len(asked)} has {len(ids)} tokens and up to {plan.max_tokens} for the"
@@ -140,11 +140,6 @@ class TransformersBackend:
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self.close()
-
-    def _ids(self, item: Item) -> list[int]:
-        return self.encoder.prompt_ids(
-            item.prompt, item.response, task=item.task, rubric=item.rubric, reference=item.reference
-        )
 
     def _drawn(self, rows: Sequence[tuple[int, int, list[int]]], plan: Plan) -> Iterator[tuple[int, int, Vote]]:
         from patarm_lite.training.evaluation import Sampler

@@ -12,6 +12,8 @@ from patarm_lite.errors import UserError
 from patarm_lite.quantize.convert import ModelShape
 
 GB = 1e9
+PARITY_SHARE = 5
+"""Parity compares a whole model where its weights in f32 take at most this part of the free memory."""
 SPARE = 200e6
 """Bytes for tokenizer files, the importance matrix, judgements and the interpreter itself."""
 
@@ -86,7 +88,7 @@ def budget(
 def _parity_copy(shape: ModelShape) -> float:
     """Bytes in f32 of what parity compares: the whole model where it is a fifth of free memory, else three layers."""
     whole = 4.0 * parameters_of(shape)
-    if whole <= free_memory() / 5:
+    if whole <= free_memory() / PARITY_SHARE:
         return whole
     embeddings = shape.vocab * shape.hidden * (1 if shape.tied else 2)
     return 4.0 * (embeddings + 3 * (parameters_of(shape) - embeddings) / shape.layers)

@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from patarm_lite import __version__, arena, calibration, metrics
+from patarm_lite import __version__, calibration, metrics
 from patarm_lite.errors import UserError
 from patarm_lite.gguf_file import read_gguf
 from patarm_lite.judge import description
@@ -50,8 +50,8 @@ from patarm_lite.quantize.request import (
 )
 from patarm_lite.quantize.source import Source, open_source
 from patarm_lite.recipe import load_recipe
-from patarm_lite.records import TASKS, Pair, Rubric
-from patarm_lite.rubrics import primary_rubric
+from patarm_lite.records import TASKS, Pair
+from patarm_lite.training.evaluation import rubric_for
 from patarm_lite.training.run_folder import write_json, write_text
 
 HELD_IN_TOKENS = 60_000
@@ -120,6 +120,8 @@ class _Export:
         self.heldin, self.heldout = heldin, heldout
         self.prompt_tokens, self.judgement_tokens = limits
         self.name = name_of(source)
+        self.rubric = rubric_for(source.rubric)
+        self._pairs: list[Pair] | None = None
         self.precise = "bf16" if "bf16" in types and "f16" not in types else "f16"
         self.seconds: dict[str, float] = self._load("seconds.json") or {}
 
@@ -196,7 +198,7 @@ class _Export:
     def _convert(self, folder: Path, path: Path, dtype: str, merged: str | None) -> None:
         described = description.describe(
             protocol=self.source.protocol,
-            rubrics={task: self._rubric(task) for task in TASKS},
+            rubrics={task: self.rubric(task) for task in TASKS},
             kind=self.source.rubric,
             trained=self.source.trained,
             about=self.source.about,
@@ -231,7 +233,7 @@ class _Export:
             return known
         sys.stderr.write("checking parity: tokens, template, logits\n")
         texts = [
-            JudgingText(pair.prompt, response, pair.task, self._rubric(pair.task), reference=pair.reference)
+            JudgingText(pair.prompt, response, pair.task, self.rubric(pair.task), reference=pair.reference)
             for pair in (*self.heldout, *self.heldin)[:PARITY_PROMPTS]
             for response in (pair.chosen, pair.rejected)
         ]
@@ -258,7 +260,9 @@ class _Export:
 
     def _fitting(self, reference: Path) -> list[Pair]:
         """The held-out pairs that fit the limits. What doesn't is dropped and counted, never cut."""
-        return [row_to_pair(row) for row in self._traffic(reference)["heldout"]]
+        if self._pairs is None:
+            self._pairs = [row_to_pair(row) for row in self._traffic(reference)["heldout"]]
+        return self._pairs
 
     def _traffic(self, reference: Path) -> dict[str, Any]:
         """Pairs that fit, and token ids of held-in prompts with the judge's own judgements."""
@@ -273,13 +277,13 @@ class _Export:
             encoder = judge.encoder(self.source.protocol)
 
             def length(pair: Pair) -> int:
-                return max(map(len, encoder.pair_ids(pair, self._rubric(pair.task))))
+                return max(map(len, encoder.pair_ids(pair, self.rubric(pair.task))))
 
             heldout, long = drop_long(self.heldout, length, limit)
             if self.request.fidelity and not heldout:
                 raise UserError(f"no held-out pair fits {limit} tokens ({len(long)} were longer); give shorter ones")
             heldin, _ = drop_long(self.heldin, length, limit)
-            prompts = [ids for pair in heldin for ids in encoder.pair_ids(pair, self._rubric(pair.task))]
+            prompts = [ids for pair in heldin for ids in encoder.pair_ids(pair, self.rubric(pair.task))]
             sequences: list[list[int]] = []
             if self.request.imatrix == "judging":
                 fitting: list[list[int]] = []
@@ -549,9 +553,6 @@ class _Export:
         )
 
     # small things
-
-    def _rubric(self, task: str) -> Rubric:
-        return arena.RUBRICS[task] if self.source.rubric == "arena" else primary_rubric(task)
 
     def _load(self, name: str) -> Any:
         path = self.work / name

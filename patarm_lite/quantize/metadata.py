@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from patarm_lite.errors import UserError
-from patarm_lite.gguf_file import ALIGNMENT, MAGIC, TENSOR_TYPES, GgufFile, read_gguf
+from patarm_lite.gguf_file import ALIGNMENT, MAGIC, TENSOR_TYPES, GgufFile, blocks_of, read_gguf
 
-BLOCK = 1 << 22
-"""Bytes copied at once."""
 _KINDS = {
     "UINT8": (0, "B"),
     "INT8": (1, "b"),
@@ -87,13 +85,8 @@ def _type_number(name: str) -> int:
 
 
 def _copy(source: BinaryIO, out: BinaryIO, start: int, count: int) -> None:
-    source.seek(start)
-    while count:
-        block = source.read(min(BLOCK, count))
-        if not block:
-            raise UserError(f"{source.name} was cut while it was copied; nothing was changed")
+    for block in blocks_of(source, start, count):
         out.write(block)
-        count -= len(block)
 
 
 def _text(text: str) -> bytes:

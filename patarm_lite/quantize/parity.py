@@ -35,6 +35,7 @@ from patarm_lite.errors import UserError
 from patarm_lite.gguf_file import GgufFile, read_gguf
 from patarm_lite.judge.llamacpp import LlamaCpp
 from patarm_lite.prompts import Encoder, Protocol
+from patarm_lite.quantize.budget import PARITY_SHARE
 from patarm_lite.quantize.budget import free_memory as memory_here
 from patarm_lite.quantize.convert import bf16
 from patarm_lite.quantize.hard_strings import hard_strings
@@ -47,8 +48,6 @@ from patarm_lite.rubrics import primary_rubric
 TOLERANCE = 1e-3
 """Largest difference of two logits, in standard deviations of the logits. Measured between torch and llama.cpp in f32:
 4e-5 on four layers; with an f16 cache 5e-3, with bf16 weights 6e-2."""
-MEMORY_SHARE = 5
-"""A whole model is compared where its weights in f32 take at most this part of the free memory."""
 POSITIONS = 256
 """Positions at which logits are compared: 152k logits each in f32 are 160 MB."""
 TOKENS, LONGEST = 1000, 600
@@ -365,7 +364,7 @@ def _layers(file: GgufFile, memory: float, work: Path) -> Sequence[int]:
     every = range(layers_of(file))
     size = widened_bytes(file, every)
     home = next(folder for folder in (work, *work.resolve().parents) if folder.is_dir())
-    if size <= memory / MEMORY_SHARE and size < shutil.disk_usage(home).free:
+    if size <= memory / PARITY_SHARE and size < shutil.disk_usage(home).free:
         return every
     return sorted({0, min(1, every[-1]), every[-1]})
 
