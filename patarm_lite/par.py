@@ -178,9 +178,16 @@ def implied_score(verdict: Verdict) -> Fraction | None:
 
 
 def preference_rewards(
-    chosen: Sequence[Verdict], rejected: Sequence[Verdict], form: str = "graded", findings: float = 0.0
+    chosen: Sequence[Verdict],
+    rejected: Sequence[Verdict],
+    form: str = "graded",
+    findings: float = 0.0,
+    chosen_reference: Scores | None = None,
+    rejected_reference: Scores | None = None,
 ) -> tuple[Rewards, Rewards]:
     """PAR of one pair's verdicts, with a share of it paid for what the findings say.
+
+    The references are those of `par_rewards`, for the written scores; implied scores are compared with implied ones.
 
     PAR pays for the final score alone, and the findings written before it were seen to drift from the truth while
     accuracy held. With `findings` = w in [0, 1] the reward is (1 - w) PAR(scores) + w PAR(implied scores): the
@@ -197,7 +204,8 @@ def preference_rewards(
     >>> preference_rewards([good, hollow], [poor, poor], findings=0.5)
     ([1.4, 0.7], [1.4, 1.4])
     """
-    scores = par_rewards([v.score for v in chosen], [v.score for v in rejected], form)
+    written = [v.score for v in chosen], [v.score for v in rejected]
+    scores = par_rewards(*written, form, chosen_reference, rejected_reference)
     if not 0 <= findings <= 1:
         raise UserError(f"findings={findings} is not a share; give a number from 0 to 1 (0: plain PAR)")
     if findings == 0:

@@ -407,6 +407,10 @@ class Encoder:
         """Ids of a judgement to learn from, the end token included."""
         return [*self._encode_content(inert_judgement(judgement, self._tokens)), self.end_id]
 
+    def forced_ids(self, text: str) -> list[int]:
+        """Ids of a beginning of ours that the judge's answer is given, after the prompt's own."""
+        return list(self._template(text))
+
     def pair_ids(self, pair: Pair, rubric: Rubric) -> tuple[list[int], list[int]]:
         """Prompt ids of the chosen and of the rejected side."""
         chosen, rejected = (

@@ -153,6 +153,7 @@ class SftSection(_Section):
     shared: float = Field(
         0.0, ge=0, lt=1, description="share of the arena's judgements in form shared: the rubric first, then a response"
     )
+    bare: float = Field(0.0, ge=0, lt=1, description="share of the arena's judgements that are the score alone")
     steps: int = Field(900, ge=1, description="optimiser steps")
     batch_size: int = Field(64, ge=1, description="judgements a step")
     by_length: bool = Field(
@@ -191,6 +192,14 @@ class GrpoSection(_Section):
     max_completion_tokens: int = Field(72, ge=8, description="a judgement longer than this is truncated")
     form: Literal["graded", "constant", "saturating", "auc", "bradley_terry"] = Field(
         "graded", description="form of PAR"
+    )
+    other_side: Literal["sampled", "expected"] = Field(
+        "sampled", description="scores that a rollout is compared with; its own is always the sampled one"
+    )
+    writes: Literal["judgement", "evaluation", "score"] = Field(
+        "judgement",
+        description="what a rollout writes: all of it, the evaluation by a rubric written before (form shared), or the "
+        "score alone (for --score only)",
     )
     findings: float = Field(0.5, ge=0, le=1, description="share of PAR paid for the score that the findings imply")
     format_apart: bool = Field(False, description="normalise preference and format reward apart, then add")
@@ -279,10 +288,30 @@ class Recipe(_Section):
             )
         if self.sft.source == "file" and not self.sft.file:
             raise ValueError("sft.source is 'file' but sft.file names none")
-        if self.sft.shared and self.sft.source != "arena":
+        for name, share in (("shared", self.sft.shared), ("bare", self.sft.bare)):
+            if share and self.sft.source != "arena":
+                raise ValueError(
+                    f"sft.{name}={share:g} is a share of the arena's judgements, but sft.source is "
+                    f"{self.sft.source}; set sft.{name}=0"
+                )
+        if self.sft.shared + self.sft.bare >= 1:
             raise ValueError(
-                f"sft.shared={self.sft.shared:g} is a share of the arena's judgements, but sft.source is "
-                f"{self.sft.source}; set sft.shared=0"
+                f"sft.shared={self.sft.shared:g} and sft.bare={self.sft.bare:g} leave no whole judgements; their sum "
+                "must be below 1"
+            )
+        missing = {"evaluation": "shared", "score": "bare"}.get(self.grpo.writes)
+        if missing and not getattr(self.sft, missing):
+            raise ValueError(
+                f"grpo.writes={self.grpo.writes} needs a cold start that saw such answers; set sft.{missing}=0.3, say"
+            )
+        if self.grpo.writes == "score" and self.grpo.findings:
+            raise ValueError(
+                f"grpo.findings={self.grpo.findings:g} pays for findings, and with grpo.writes=score none are written; "
+                "set grpo.findings=0"
+            )
+        if self.grpo.writes != "judgement" and self.method != "par":
+            raise ValueError(
+                f"grpo.writes={self.grpo.writes} is for method par, and method is {self.method}; leave it out"
             )
         return self
 

@@ -48,6 +48,9 @@ FAULTS = {
 TAGS = ("<generated_rubrics>", "</generated_rubrics>", "<eval>", "</eval>", "<score>", "</score>")
 SCORES = range(1, 11)
 CRITERIA = range(3, 6)
+NOTHING_WRITTEN = "<generated_rubrics>\n</generated_rubrics>\n<eval>\n</eval>\n<score>"
+"""A judgement without rubric and findings, up to its score: what is forced where only the score is asked for. On a
+trained judge the digits after it hold 0.99 of the probability, after a bare `<score>` 0.002."""
 LONGEST = 200_000
 """Characters. A longer judgement is `too_long` and not looked at, so that junk costs no time."""
 

@@ -268,11 +268,11 @@ def little_trainer(
     calls: list[Rollouts] = []
 
     class Recorded(ParReward):
-        def _judge(self, completion_ids: list[list[int]], pair: list[int], side: list[int]) -> None:
+        def _judge(self, *, completion_ids: list[list[int]], pair: list[int], side: list[int], **others: Any) -> None:
             n = recipe.grpo.n
             found = Counter(zip(pair, side, strict=True))
             assert found == {(number, which): n for number in set(pair) for which in (0, 1)}, found
-            super()._judge(completion_ids, pair, side)
+            super()._judge(completion_ids=completion_ids, pair=pair, side=side, **others)
             calls.append(Rollouts(list(pair), list(side), [list(ids) for ids in completion_ids]))
 
     par = Recorded(recipe.grpo, lambda ids: decode_judgement(tokenizer, ids, encoder.end_id))

@@ -95,8 +95,8 @@ encoder = Encoder.from_tokenizer(tokenizer, Protocol(instructions=False))
 prompts = [encoder.pair_ids(pair, arena.RUBRICS[pair.task]) for pair in arena.training_pairs(6, seed=1)]
 calls = []
 class Recorded(ParReward):
-    def _judge(self, completion_ids, pair, side):
-        super()._judge(completion_ids, pair, side)
+    def _judge(self, *, completion_ids, pair, side, **others):
+        super()._judge(completion_ids=completion_ids, pair=pair, side=side, **others)
         calls.append([list(pair), list(side), completion_ids])
 par = Recorded(recipe.grpo, lambda ids: decode_judgement(tokenizer, ids, encoder.end_id))
 trainer = trainer_class(engine.trainers()[0])(

@@ -42,7 +42,7 @@ from patarm_lite.judge.stock import StockVocabulary
 from patarm_lite.metrics import expected_score
 from patarm_lite.prompts import NO_THINKING, Encoder, Protocol
 from patarm_lite.records import Verdict, Vote
-from patarm_lite.verdicts import parse
+from patarm_lite.verdicts import NOTHING_WRITTEN, parse
 
 Ids = Sequence[int]
 Floats = NDArray[np.float32]
@@ -62,9 +62,6 @@ MEMORY = 4 << 30
 DECODINGS = ("free", "constrained")
 CACHES = ("f16", "f32")
 OPEN, CLOSE = "<score>", "</score>"
-NOTHING_WRITTEN = "<generated_rubrics>\n</generated_rubrics>\n<eval>\n</eval>\n<score>"
-"""A judgement without rubric and findings, up to its score. On a trained judge the digits after it hold 0.99 of the
-probability, after a bare `<score>` 0.002."""
 ADDED_KINDS = (3, 4)
 """Control and user-defined, in a file's `tokenizer.ggml.token_type`."""
 
@@ -253,7 +250,7 @@ class LlamaCpp:
         try:
             return StockVocabulary(metadata, kinds, ending, self._plain_ids, self.piece, begins)
         except UserError as error:
-            raise UserError(f"{self.path} can't be a judge: {error}") from None
+            raise UserError(f"{self.path} can't be asked: {error}") from None
 
     def piece(self, token: int) -> bytes:
         """The bytes a token stands for; a control token's are its spelling."""
@@ -289,8 +286,16 @@ class LlamaCpp:
             try:
                 self._encoders[protocol] = self.stock.encoder(protocol)
             except UserError as error:
-                raise UserError(f"{self.path} can't be a judge: {error}") from None
+                raise UserError(f"{self.path} can't be asked: {error}") from None
         return self._encoders[protocol]
+
+    def chat_vocabulary(self) -> StockVocabulary:
+        """The vocabulary with the file's own chat template, whoever's file it is: for chats, which no protocol frames.
+
+        Raises:
+            UserError: a vocabulary that can't be used.
+        """
+        return self.stock or self._stock_vocabulary(read_gguf(self.path).metadata)
 
     # logits
 

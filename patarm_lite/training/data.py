@@ -21,7 +21,7 @@ from patarm_lite.recipe import Recipe
 from patarm_lite.records import TASKS, Pair, Rubric, Turn
 from patarm_lite.training.run_folder import hash_rows
 from patarm_lite.training.sft import Example
-from patarm_lite.verdicts import parse
+from patarm_lite.verdicts import NOTHING_WRITTEN, parse
 
 
 @dataclass(frozen=True)
@@ -139,20 +139,34 @@ def fit_pairs(
 
 
 def arena_examples(recipe: Recipe, encoder: Encoder) -> list[Example]:
-    """Judgements of the arena's biased teacher, each seen once; a share of `sft.shared` of them in form `shared`."""
-    count = recipe.sft.steps * recipe.sft.batch_size
-    drawn = itertools.islice(arena.sft_examples(recipe.arena, recipe.seed), count)
+    """Judgements of the arena's biased teacher, each seen once; a share of `sft.shared` of them in form `shared`, and
+    of `sft.bare` as the score alone."""
+    settings = recipe.sft
+    drawn = itertools.islice(arena.sft_examples(recipe.arena, recipe.seed), settings.steps * settings.batch_size)
     chance = random.Random(f"shared {recipe.seed}")
-    return [
-        (shared_example if chance.random() < recipe.sft.shared else own_example)(encoder, pair, response, judgement)
-        for pair, response, judgement in drawn
-    ]
+    examples = []
+    for pair, response, judgement in drawn:
+        place = chance.random()
+        make = own_example
+        if place < settings.shared:
+            make = shared_example
+        elif place < settings.shared + settings.bare:
+            make = bare_example
+        examples.append(make(encoder, pair, response, judgement))
+    return examples
 
 
 def own_example(encoder: Encoder, pair: Pair, response: str, judgement: str) -> Example:
     """A judgement of an arena pair's side, in form `own`."""
     prompt = encoder.prompt_ids(pair.prompt, response, task=pair.task, rubric=arena.RUBRICS[pair.task])
     return Example.of(prompt, encoder.judgement_ids(judgement))
+
+
+def bare_example(encoder: Encoder, pair: Pair, response: str, judgement: str) -> Example:
+    """The score of that judgement alone, behind an empty rubric and an empty evaluation."""
+    prompt = encoder.prompt_ids(pair.prompt, response, task=pair.task, rubric=arena.RUBRICS[pair.task])
+    score = judgement.rpartition("<score>")[2]
+    return Example.of([*prompt, *encoder.forced_ids(NOTHING_WRITTEN)], encoder.judgement_ids(score))
 
 
 def shared_example(encoder: Encoder, pair: Pair, response: str, judgement: str) -> Example:

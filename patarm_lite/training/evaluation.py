@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ from patarm_lite.metrics import expected_score, row_to_pair, summarise
 from patarm_lite.progress import Progress
 from patarm_lite.prompts import Encoder, decode_judgement
 from patarm_lite.recipe import Recipe, load_recipe
-from patarm_lite.records import JudgedPair, Pair, Rubric, Vote
+from patarm_lite.records import JudgedPair, Pair, Rubric, Verdict, Vote
 from patarm_lite.rubrics import primary_rubric
+from patarm_lite.training.asking import EVALUATION, JUDGEMENT, Read, ask, write_rubrics
 from patarm_lite.training.engine import answering, choose_engine, load_protocol, prepare_libraries
 from patarm_lite.training.run_folder import RunFolder, read_lines
 from patarm_lite.verdicts import parse
@@ -42,28 +43,49 @@ class Sampler:
         expected: bool = True,
         temperature: float = 1.0,
         progress: Progress | None = None,
+        reads: Sequence[Read] | None = None,
     ) -> list[tuple[Vote, ...]]:
         """k votes for each prompt (token ids), in the order given.
 
         Deterministic for one seed, batch size, thread count and machine.
+
+        Args:
+            reads: how answers to each prompt are read; none: as whole judgements.
         """
+        found: list[tuple[Vote, ...]] = [()] * len(prompts)
+        for done, (at, completions) in self._batches(prompts, k, seed, temperature):
+            repeated = [prompts[i] for i in at for _ in range(k)]
+            readers = None if reads is None else [reads[i] for i in at for _ in range(k)]
+            drawn = self._read(repeated, completions, expected, readers)
+            for place, i in enumerate(at):
+                found[i] = tuple(drawn[place * k : (place + 1) * k])
+            if progress is not None:
+                progress.at(done)
+        return found
+
+    def answers(self, prompts: Sequence[list[int]], k: int, seed: int) -> list[list[list[int]]]:
+        """Ids of k answers to each prompt, end token included; drawn as votes are, and not read."""
+        found: list[list[list[int]]] = [[] for _ in prompts]
+        for _, (at, completions) in self._batches(prompts, k, seed, 1.0):
+            for place, i in enumerate(at):
+                found[i] = completions[place * k : (place + 1) * k]
+        return found
+
+    def _batches(
+        self, prompts: Sequence[list[int]], k: int, seed: int, temperature: float
+    ) -> Iterator[tuple[int, tuple[list[int], list[list[int]]]]]:
+        """Prompts asked so far, then the places of a batch's prompts and k answers to each of them, the shortest
+        prompts first."""
         import torch
 
         torch.manual_seed(seed)
-        found: list[tuple[Vote, ...]] = [()] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         rows = max(1, self.batch_size // k)
         with answering(self.model):
             for start in range(0, len(order), rows):
                 at = order[start : start + rows]
                 completions = self._generate([prompts[i] for i in at], k, temperature)
-                repeated = [prompts[i] for i in at for _ in range(k)]
-                drawn = self._read(repeated, completions, expected)
-                for place, i in enumerate(at):
-                    found[i] = tuple(drawn[place * k : (place + 1) * k])
-                if progress is not None:
-                    progress.at(min(start + rows, len(order)))
-        return found
+                yield min(start + rows, len(order)), (at, completions)
 
     def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[Any, Any]:
         import torch
@@ -95,23 +117,45 @@ class Sampler:
             )
         return [_until(row, self.encoder.end_id) for row in out[:, ids.shape[1] :].tolist()]
 
-    def _read(self, prompts: Sequence[list[int]], completions: Sequence[list[int]], expected: bool) -> list[Vote]:
+    def _read(
+        self,
+        prompts: Sequence[list[int]],
+        completions: Sequence[list[int]],
+        expected: bool,
+        reads: Sequence[Read] | None = None,
+    ) -> list[Vote]:
         texts = [decode_judgement(self.tokenizer, ids, self.encoder.end_id) for ids in completions]
-        verdicts = [parse(text, ended, self.encoder.protocol.thinking) for text, ended in texts]
-        measured: dict[int, tuple[float | None, float]] = {}
-        if expected:
-            ends = {
-                i: end
-                for i, ids in enumerate(completions)
-                if verdicts[i].score is not None and (end := _after(ids, self._open)) is not None
-            }
-            rows = [[*prompts[i], *completions[i][:end], self._digits[1]] for i, end in ends.items()]
-            measured = dict(zip(ends, self._expected(rows), strict=True)) if rows else {}
+        if reads is None:
+            verdicts = [parse(text, ended, self.encoder.protocol.thinking) for text, ended in texts]
+        else:
+            verdicts = [read(text, ended) for read, (text, ended) in zip(reads, texts, strict=True)]
+        measured = self._measured(prompts, completions, verdicts) if expected else {}
         votes = []
         for i, (verdict, (text, _)) in enumerate(zip(verdicts, texts, strict=True)):
             score, mass = measured.get(i, (None, None))
             votes.append(Vote(verdict, text, score, mass, len(completions[i])))
         return votes
+
+    def expected_scores(
+        self, prompts: Sequence[list[int]], completions: Sequence[list[int]], verdicts: Sequence[Verdict]
+    ) -> list[float | None]:
+        """The expected score of each answer that has a score, where there is one."""
+        with answering(self.model):
+            measured = self._measured(prompts, completions, verdicts)
+        return [measured.get(i, (None, 0.0))[0] for i in range(len(prompts))]
+
+    def _measured(
+        self, prompts: Sequence[list[int]], completions: Sequence[list[int]], verdicts: Sequence[Verdict]
+    ) -> dict[int, tuple[float | None, float]]:
+        """Place -> expected score and digit mass, of readable answers. The prompt may end with `<score>` itself."""
+        ends = {
+            i: end - len(self._open)
+            for i, ids in enumerate(completions)
+            if verdicts[i].score is not None
+            and (end := _after([*prompts[i][-len(self._open) :], *ids], self._open)) is not None
+        }
+        rows = [[*prompts[i], *completions[i][:end], self._digits[1]] for i, end in ends.items()]
+        return dict(zip(ends, self._expected(rows), strict=True)) if rows else {}
 
     def _expected(self, rows: Sequence[list[int]]) -> list[tuple[float | None, float]]:
         """Expected score and digit mass for rows that end with `<score>` and a "1": one forward pass for both."""
@@ -142,11 +186,26 @@ def _after(ids: Sequence[int], part: Sequence[int]) -> int | None:
 
 
 def judge_pairs(
-    sampler: Sampler, pairs: Sequence[Pair], rubric: Callable[[str], Rubric], k: int, seed: int, label: str
+    sampler: Sampler,
+    pairs: Sequence[Pair],
+    rubric: Callable[[str], Rubric],
+    k: int,
+    seed: int,
+    label: str,
+    writes: str = JUDGEMENT,
 ) -> list[JudgedPair]:
-    """k votes of both sides of every pair."""
-    prompts = [ids for pair in pairs for ids in sampler.encoder.pair_ids(pair, rubric(pair.task))]
-    votes = sampler.votes(prompts, k, seed, progress=Progress(label, len(prompts)))
+    """k votes of both sides of every pair.
+
+    Args:
+        writes: what is asked for, as `grpo.writes`. With `evaluation` the rubric of a prompt is written first, once.
+    """
+    parts = write_rubrics(sampler, pairs, rubric, seed) if writes == EVALUATION else [None] * len(pairs)
+    asked = [
+        ask(sampler.encoder, pair, rubric(pair.task), writes, part) for pair, part in zip(pairs, parts, strict=True)
+    ]
+    prompts = [ids for one in asked for ids in (one.chosen, one.rejected)]
+    reads = [one.read for one in asked for _ in range(2)]
+    votes = sampler.votes(prompts, k, seed, progress=Progress(label, len(prompts)), reads=reads)
     return [JudgedPair(pair, votes[2 * i], votes[2 * i + 1]) for i, pair in enumerate(pairs)]
 
 
@@ -184,7 +243,7 @@ def evaluate_run(run: Path, pairs: Sequence[str], votes: int | None, seed: int) 
         dropped = 0
     k = votes or recipe.eval.votes
     sampler = Sampler(model, tokenizer, encoder, recipe.grpo.max_completion_tokens, recipe.eval.batch_size)
-    judged = judge_pairs(sampler, kept, rubric, k, seed, "judging")
+    judged = judge_pairs(sampler, kept, rubric, k, seed, "judging", recipe.grpo.writes)
     return {"n": len(kept), "dropped": dropped, "votes": k, "decoding": "free", "seed": seed, **summary_of(judged)}
 
 

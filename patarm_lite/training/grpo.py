@@ -65,19 +65,33 @@ class PairSampler:
                 yield from rows
 
 
+Expected = Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]], Sequence[Verdict]], Sequence[float | None]]
+
+
 class ParReward:
     """PAR as TRL reward functions, and the record of every rollout it judged.
 
-    Call `preference` and `format` (or `total`, their sum) with TRL's keywords. `decode` turns completion ids into
-    (text, ended). Rewards are counted in the order of the batch: for each pair 2 n rollouts, chosen first.
+    Call `preference` and `format` (or `total`, their sum) with TRL's keywords. Rewards are counted in the order of the
+    batch: for each pair 2 n rollouts, chosen first.
+
+    Args:
+        decode: completion ids -> (text, ended).
+        read: number of a pair, text, ended -> the verdict.
+        expected: with `other_side` expected: prompts, completions (ids) and their verdicts -> expected scores, None
+            where there is none.
     """
 
     def __init__(
-        self, settings: GrpoSection, decode: Callable[[Sequence[int]], tuple[str, bool]], thinking: bool = False
+        self,
+        settings: GrpoSection,
+        decode: Callable[[Sequence[int]], tuple[str, bool]],
+        read: Callable[[int, str, bool], Verdict] = lambda pair, text, ended: parse(text, ended),
+        expected: Expected | None = None,
     ) -> None:
         self.settings = settings
-        self.thinking = thinking
         self.decode = decode
+        self.read = read
+        self.expected = expected
         self.rows: list[dict[str, Any]] = []
         self.stats: dict[str, float] = {}
         self._judged: Any = None
@@ -88,31 +102,47 @@ class ParReward:
             return [_named("preference", self.preference), _named("format", self.format)]
         return [_named("par", self.total)]
 
-    def total(self, *, completion_ids: list[list[int]], pair: list[int], side: list[int], **_: Any) -> list[float]:
-        self._judge(completion_ids, pair, side)
+    def total(self, **keywords: Any) -> list[float]:
+        self._judge(**keywords)
         return [row["preference"] + row["format"] for row in self.rows]
 
-    def preference(self, *, completion_ids: list[list[int]], pair: list[int], side: list[int], **_: Any) -> list[float]:
-        self._judge(completion_ids, pair, side)
+    def preference(self, **keywords: Any) -> list[float]:
+        self._judge(**keywords)
         return [row["preference"] for row in self.rows]
 
-    def format(self, *, completion_ids: list[list[int]], pair: list[int], side: list[int], **_: Any) -> list[float]:
-        self._judge(completion_ids, pair, side)
+    def format(self, **keywords: Any) -> list[float]:
+        self._judge(**keywords)
         return [row["format"] for row in self.rows]
 
-    def _judge(self, completion_ids: list[list[int]], pair: list[int], side: list[int]) -> None:
+    def _judge(
+        self,
+        *,
+        completion_ids: list[list[int]],
+        pair: list[int],
+        side: list[int],
+        prompts: Sequence[Sequence[int]] = (),
+        **_: Any,
+    ) -> None:
         if self._judged is completion_ids:
             return
         self._judged = completion_ids
         n = self.settings.n
         groups = whole_pairs(pair, side, n)
         texts = [self.decode(ids) for ids in completion_ids]
-        verdicts = [parse(text, ended, self.thinking) for text, ended in texts]
+        verdicts = [self.read(number, text, ended) for number, (text, ended) in zip(pair, texts, strict=True)]
+        against = self._compared_with(prompts, completion_ids, verdicts)
         self.rows = []
         wins, distances, dead = [], [], 0
         for start in groups:
             chosen, rejected = verdicts[start : start + n], verdicts[start + n : start + 2 * n]
-            rewards = preference_rewards(chosen, rejected, self.settings.form, self.settings.findings)
+            rewards = preference_rewards(
+                chosen,
+                rejected,
+                self.settings.form,
+                self.settings.findings,
+                against[start : start + n],
+                against[start + n : start + 2 * n],
+            )
             for offset, group, preferences in ((0, chosen, rewards[0]), (n, rejected, rewards[1])):
                 formats = [format_reward(verdict) for verdict in group]
                 dead += len({a + b for a, b in zip(preferences, formats, strict=True)}) == 1
@@ -150,6 +180,18 @@ class ParReward:
             "faulty": sum(bool(row["faults"]) for row in self.rows) / count,
             "length": sum(row["tokens"] for row in self.rows) / count,
         }
+
+    def _compared_with(
+        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], verdicts: Sequence[Verdict]
+    ) -> list[float | None]:
+        """What each rollout counts with in the mean that the other side is compared with. A readable rollout without
+        an expected score counts with the written one."""
+        scores: list[float | None] = [verdict.score for verdict in verdicts]
+        if self.settings.other_side == "sampled":
+            return scores
+        assert self.expected is not None
+        expected = self.expected(prompts, completions, verdicts)
+        return [e if s is not None and e is not None else s for s, e in zip(scores, expected, strict=True)]
 
 
 def _named(name: str, function: Callable[..., list[float]]) -> Callable[..., list[float]]:

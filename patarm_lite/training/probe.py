@@ -27,6 +27,7 @@ from patarm_lite.errors import UserError
 from patarm_lite.progress import span
 from patarm_lite.recipe import Recipe
 from patarm_lite.training import sft
+from patarm_lite.training.asking import Asked
 from patarm_lite.training.data import fit_pairs, load_run_pairs
 from patarm_lite.training.engine import accelerator, choose_engine, prepare_libraries
 from patarm_lite.training.evaluation import rubric_for
@@ -35,6 +36,7 @@ from patarm_lite.training.run import Context, check, grpo_trainer, load_start, p
 from patarm_lite.training.run_folder import RunFolder
 from patarm_lite.training.trainer_settings import grpo_config
 from patarm_lite.training.watch import StopSignal
+from patarm_lite.verdicts import parse
 
 HEAD_ROOM = 0.05
 """Share of the free memory that must stay free in the worst step, for fragments: what the shipped recipes are planned
@@ -302,7 +304,9 @@ def _grpo(context: Context, prompt: list[int], memory: Card | Machine) -> dict[s
 
         return Probed
 
-    par = par_reward(context)
+    thinking = recipe.protocol.thinking
+    asked = Asked(prompt, prompt, lambda text, ended: parse(text, ended, thinking))
+    par = par_reward(context, [asked] * recipe.grpo.pairs_per_step)
     trainer = grpo_trainer(
         context, par, [(prompt, prompt)] * recipe.grpo.pairs_per_step, args, times.callback(), made_of
     )

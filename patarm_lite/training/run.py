@@ -16,7 +16,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -33,6 +33,7 @@ from patarm_lite.records import JudgedPair, Pair, Rubric
 from patarm_lite.report import write_report
 from patarm_lite.training import ranks, sft
 from patarm_lite.training.adapter_effect import adapter_effect
+from patarm_lite.training.asking import EVALUATION, Asked, ask, write_rubrics
 from patarm_lite.training.base_check import check_start
 from patarm_lite.training.data import RunPairs, arena_examples, file_examples, fit_pairs, load_run_pairs
 from patarm_lite.training.engine import Engine, choose_engine, free_cores, prepare_libraries, save_judge
@@ -51,10 +52,13 @@ from patarm_lite.training.run_folder import (
 )
 from patarm_lite.training.trainer_settings import check_can_learn, grpo_config
 from patarm_lite.training.watch import Doomed, StopSignal, callback, go_on
+from patarm_lite.verdicts import RubricPart, parse_rubric_part
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "bitsandbytes", "numpy")
 SAMPLES_EVERY = 10
 """Steps between the judgements kept in samples.jsonl."""
+RUBRIC_TRIES = 4
+"""How often the rubric of a training pair is drawn at most until it can be read."""
 
 
 @dataclass
@@ -431,7 +435,13 @@ def _evaluate(context: Context, when: str) -> list[JudgedPair]:
     recipe = context.recipe
     with context.timed("evaluation"):
         judged = judge_pairs(
-            context.sampler(), context.heldout, context.rubric, recipe.eval.votes, recipe.seed, f"judging {when}"
+            context.sampler(),
+            context.heldout,
+            context.rubric,
+            recipe.eval.votes,
+            recipe.seed,
+            f"judging {when}",
+            recipe.grpo.writes,
         )
         write_lines(path, judged_to_rows(judged))
     found = summary_of(judged)
@@ -453,6 +463,7 @@ def _evaluated_already(context: Context) -> Path | None:
         and other.about()["data"]["sha256_heldout"] == context.folder.about()["data"]["sha256_heldout"]
         and (theirs.eval, theirs.seed) == (context.recipe.eval, context.recipe.seed)
         and theirs.grpo.max_completion_tokens == context.recipe.grpo.max_completion_tokens
+        and theirs.grpo.writes == context.recipe.grpo.writes
     )
     return path if same else None
 
@@ -495,13 +506,14 @@ def _after(context: Context) -> dict[str, Any]:
 
 def grpo(context: Context) -> None:
     """GRPO with PAR on the context's model."""
-    settings, folder, pairs = context.recipe.grpo, context.folder, context.train
+    settings, folder = context.recipe.grpo, context.folder
     checkpoints = folder / "checkpoints" / "grpo"
     checkpoint = last_checkpoint(checkpoints)
     done = checkpoint_step(checkpoint)
     folder.trim("metrics.jsonl", lambda row: row["stage"] != "grpo" or row["step"] <= done)
     folder.trim("samples.jsonl", lambda row: row["step"] <= done)
-    par = par_reward(context)
+    pairs, asked = ask_pairs(context)
+    par = par_reward(context, asked)
     watch = callback(
         folder,
         "grpo",
@@ -513,7 +525,7 @@ def grpo(context: Context) -> None:
         doomed=Doomed(settings, folder.steps("grpo")),
         minutes=context.recipe.minutes,
     )
-    prompts = [context.encoder.pair_ids(pair, context.rubric(pair.task)) for pair in pairs]
+    prompts = [(one.chosen, one.rejected) for one in asked]
     args = grpo_config(context.recipe, checkpoints, context.device_arguments())
     trainer = grpo_trainer(context, par, prompts, args, watch)
 
@@ -531,10 +543,51 @@ def grpo(context: Context) -> None:
             sys.stderr.write("the adapter is still zero: nothing was learned, so the judge is its base\n")
 
 
-def par_reward(context: Context) -> ParReward:
-    """The reward of the context's judgements."""
-    end, thinking = context.encoder.end_id, context.recipe.protocol.thinking
-    return ParReward(context.recipe.grpo, lambda ids: decode_judgement(context.tokenizer, ids, end), thinking=thinking)
+def ask_pairs(context: Context) -> tuple[list[Pair], list[Asked]]:
+    """The training pairs and what the judge is asked about them.
+
+    With `grpo.writes` evaluation the rubrics are written first, by the judge as it is now; a resumed run reads them
+    from rubrics.jsonl. Pairs whose rubric can't be read in RUBRIC_TRIES tries are left out and counted.
+
+    Raises:
+        UserError: no rubric can be read.
+    """
+    recipe, encoder = context.recipe, context.encoder
+    parts: list[RubricPart | None] = [None] * len(context.train)
+    if recipe.grpo.writes == EVALUATION:
+        path = context.folder / "rubrics.jsonl"
+        if not path.is_file():
+            written = write_rubrics(context.sampler(), context.train, context.rubric, recipe.seed, RUBRIC_TRIES)
+            rows = zip(context.train, written, strict=True)
+            write_lines(path, [{"pair": pair.id, "problem": p.problem, "rubric": p.text} for pair, p in rows])
+        parts = [parse_rubric_part(row["rubric"]) if row["problem"] is None else None for row in read_lines(path)]
+        lost = parts.count(None)
+        context.folder.note(rubrics={"pairs": len(parts), "unreadable": lost})
+        if lost == len(parts):
+            raise UserError(
+                f"none of the rubrics for {lost} pairs can be read, so there is nothing to evaluate by; train the cold "
+                "start longer, or set grpo.writes=judgement"
+            )
+    kept = [
+        (pair, part)
+        for pair, part in zip(context.train, parts, strict=True)
+        if part is not None or recipe.grpo.writes != EVALUATION
+    ]
+    asked = [ask(encoder, pair, context.rubric(pair.task), recipe.grpo.writes, part) for pair, part in kept]
+    return [pair for pair, _ in kept], asked
+
+
+def par_reward(context: Context, asked: Sequence[Asked]) -> ParReward:
+    """The reward of the context's judgements of the pairs that were asked about."""
+    end, tokenizer = context.encoder.end_id, context.tokenizer
+    return ParReward(
+        context.recipe.grpo,
+        lambda ids: decode_judgement(tokenizer, ids, end),
+        lambda pair, text, ended: asked[pair].read(text, ended),
+        lambda prompts, completions, verdicts: context.sampler().expected_scores(
+            [list(ids) for ids in prompts], [list(ids) for ids in completions], verdicts
+        ),
+    )
 
 
 def grpo_trainer(
