@@ -22,7 +22,12 @@ import typer
 import typer.core
 from typer.exceptions import TyperException
 
-from patarm_lite import __version__, cli_audit, cli_bench, cli_doctor, cli_machine
+from patarm_lite import __version__, cli_audit, cli_bench, cli_bench_model, cli_doctor, cli_machine
+from patarm_lite.cli_options import AsJson as JsonFlag
+from patarm_lite.cli_options import Force as ForceFlag
+from patarm_lite.cli_options import Offline as OfflineFlag
+from patarm_lite.cli_options import StoreOption, go_offline
+from patarm_lite.cli_options import Tokenizer as TokenizerOption
 from patarm_lite.errors import UserError, missing_extra
 
 if TYPE_CHECKING:
@@ -35,8 +40,11 @@ EXTRA_OF = {
     "datasets": "train",
     "gguf": "export",
     "huggingface_hub": "train",
+    "langdetect": "bench-model",
     "llama_cpp": "judge",
+    "lm_eval": "bench-model",
     "matplotlib": "train",
+    "nltk": "bench-model",
     "peft": "train",
     "pyarrow": "train",
     "safetensors": "train",
@@ -114,6 +122,7 @@ store_app = typer.Typer(
 app.add_typer(store_app, name="store")
 cli_machine.add(app)
 cli_bench.add(app)
+cli_bench_model.add(app)
 cli_audit.add(app)
 
 
@@ -181,11 +190,6 @@ def _spread(arguments: Sequence[str]) -> list[str]:
     return spread
 
 
-OfflineFlag = Annotated[bool, typer.Option("--offline", help="Touch no network; a hub id must be in the cache.")]
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
-ForceFlag = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
-
-
 @app.callback(invoke_without_command=True)
 def _root(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
@@ -242,7 +246,7 @@ def train(
     RECIPE comes before --pairs; without one this machine's card decides.
     """
     if offline:
-        _go_offline()
+        go_offline()
     if resume is not None:
         if recipe or settings or pairs or out or force or (seed, shuffle_labels, method, card, probe) != (None,) * 5:
             raise UserError(
@@ -293,7 +297,7 @@ def evaluate(
     RUN comes before --pairs.
     """
     if offline:
-        _go_offline()
+        go_offline()
     folder = _run_folder(run)
     if out is not None:
         _refuse_existing(out, force)
@@ -333,7 +337,7 @@ def show_pairs(
     Layout, counts, lengths, what training would drop and why, and how a judge would see a pair.
     """
     if offline:
-        _go_offline()
+        go_offline()
     columns = _columns(mapping)
     from patarm_lite.pairs import load_pairs, render_survey, survey
 
@@ -387,7 +391,7 @@ def export(
     An export that was stopped goes on with the same command.
     """
     if offline:
-        _go_offline()
+        go_offline()
     if not 0 < max_loss < 1:
         raise UserError(f"--max-loss {max_loss:g} is not a share between 0 and 1, e.g. --max-loss 0.01")
     _require("torch", "transformers", "llama_cpp", "gguf")
@@ -454,7 +458,7 @@ def calibrate(
     The file is replaced by rename; its fingerprint stays.
     """
     if offline:
-        _go_offline()
+        go_offline()
     _require("llama_cpp", "gguf")
     from patarm_lite.quantize.calibrate import calibrate_file, calibration_table
 
@@ -490,14 +494,12 @@ ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads; non
 ParallelOption = Annotated[
     int | None, typer.Option(min=1, help="Votes written at once; none: 32, with a URL 8.", show_default=False)
 ]
-TokenizerOption = Annotated[Path | None, typer.Option(metavar="FILE", help="With a URL: its GGUF or tokenizer.json.")]
 FormOption = Annotated[
     str, typer.Option(metavar="own|shared", help="shared: the rubric before the response, one per prompt.")
 ]
 DeterministicFlag = Annotated[bool, typer.Option("--deterministic", help="Equal input, equal bits; slower.")]
 FieldOption = Annotated[str | None, typer.Option(metavar="NAME", help="The field that takes the result.")]
 StrictFlag = Annotated[bool, typer.Option("--strict", help="Stop at a line that can't be judged.")]
-StoreOption = Annotated[Path | None, typer.Option("--store", metavar="FILE", help="Where votes are kept, in clear.")]
 NoStoreFlag = Annotated[bool, typer.Option("--no-store", help="Keep no votes; a stopped job begins anew.")]
 
 
@@ -976,11 +978,6 @@ def _from_stdin(prompt: str, response: str) -> tuple[str, str]:
 
 def _colour() -> bool:
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-
-
-def _go_offline() -> None:
-    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
-        os.environ[name] = "1"
 
 
 def _require(*modules: str) -> None:

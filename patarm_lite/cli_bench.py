@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,13 +10,42 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import typer.core
 
+from patarm_lite.cli_options import (
+    AsJson,
+    Context,
+    Count,
+    Data,
+    Decoding,
+    Force,
+    JudgeName,
+    Long,
+    MaxTokens,
+    Names,
+    NoStore,
+    Offline,
+    Out,
+    Parallel,
+    Revision,
+    Seed,
+    StoreOption,
+    Threads,
+    Tokenizer,
+    Votes,
+    check_tokenizer,
+    prepare,
+    store_place,
+)
 from patarm_lite.errors import UserError
+from patarm_lite.result_folder import write_result_folder
 
 if TYPE_CHECKING:
+    from patarm_lite.evals.assistant_data import AssistantBenchmark
     from patarm_lite.evals.bench import Outcome
     from patarm_lite.evals.bench_data import Loaded
 
 RUN = "run"
+MARK = "bench.json"
+"""The file by which bench knows a folder of its own."""
 
 
 class _WithDefault(typer.core.TyperGroup):
@@ -35,16 +62,6 @@ bench_app = typer.Typer(
     rich_markup_mode=None,
     help="Run a judge on benchmarks; bench score: official figures of stored verdicts.",
 )
-
-Names = Annotated[str, typer.Option("--on", metavar="NAME,...", help="Which; none: all that --data holds.")]
-Data = Annotated[Path | None, typer.Option(metavar="DIR", help="Local files of benchmarks; none: from the hub.")]
-Revision = Annotated[
-    list[str] | None, typer.Option("--revision", metavar="NAME=COMMIT", help="Of a hub data set; none: the newest.")
-]
-StoreOption = Annotated[Path | None, typer.Option("--store", metavar="FILE", help="Where votes are kept, in clear.")]
-Offline = Annotated[bool, typer.Option("--offline", help="Touch no network; a hub id must be in the cache.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
 
 
 def add(app: typer.Typer) -> None:
@@ -65,38 +82,26 @@ Example:
   patarm-lite bench my-judge/smoke-seed1-q8_0.gguf --on llmbar --data llmbar-Natural.json""",
 )
 def run(
-    judge: Annotated[str, typer.Argument(metavar="JUDGE", help="A GGUF judge, a folder, a hub id or a server's URL.")],
+    judge: JudgeName,
     on: Names = "",
     data: Data = None,
-    count: Annotated[int | None, typer.Option("--n", min=1, help="Items of each benchmark, drawn; none: all.")] = None,
-    votes: Annotated[int, typer.Option("--k", "--votes", min=1, max=1024, help="Votes a response.")] = 1,
+    count: Count = None,
+    votes: Votes = 1,
     before: Annotated[str | None, typer.Option(metavar="JUDGE", help="Another judge on the same items.")] = None,
-    out: Annotated[
-        Path | None, typer.Option("-o", "--out", metavar="DIR", help="Folder for tables, plots and verdicts.")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of everything drawn.")] = 1,
+    out: Out = None,
+    seed: Seed = 1,
     score: Annotated[str, typer.Option(help="sampled spares the expected scores; or both.")] = "both",
-    decoding: Annotated[
-        str | None, typer.Option(help="constrained or free; none: constrained where it can be.", show_default=False)
-    ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one judgement at most.")] = 1024,
-    long: Annotated[
-        str, typer.Option(help="A prompt that is too long: error (no score), or cut the middle.")
-    ] = "error",
-    context: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a prompt and its judgement; none: 4096.", show_default=False)
-    ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; none: physical cores.")] = None,
-    parallel: Annotated[
-        int | None, typer.Option(min=1, help="Votes written at once; none: 32, with a URL 8.", show_default=False)
-    ] = None,
-    tokenizer: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="With a URL: its GGUF or tokenizer.json.")
-    ] = None,
+    decoding: Decoding = None,
+    max_tokens: MaxTokens = 1024,
+    long: Long = "error",
+    context: Context = None,
+    threads: Threads = None,
+    parallel: Parallel = None,
+    tokenizer: Tokenizer = None,
     deterministic: Annotated[bool, typer.Option("--deterministic", help="Equal input, equal bits; slower.")] = False,
     revision: Revision = None,
     store: StoreOption = None,
-    no_store: Annotated[bool, typer.Option("--no-store", help="Keep no votes; a stopped run begins anew.")] = False,
+    no_store: NoStore = False,
     as_json: AsJson = False,
     force: Force = False,
     offline: Offline = False,
@@ -106,37 +111,25 @@ def run(
     Names: rewardbench, rewardbench2, rm-bench, judgebench, llmbar, pandalm, hhh. A run that was stopped goes on with
     the same command.
     """
-    if offline:
-        _go_offline()
-    if no_store and store is not None:
-        raise UserError("--store and --no-store can't both hold; leave out one")
-    if tokenizer is not None and not any(_remote(place) for place in (judge, before or "")):
-        raise UserError(f"--tokenizer is for servers, and {judge} is no URL; leave it out")
-    if out is not None:
-        _check_folder(out, force)
-    if score not in ("both", "sampled"):
-        raise UserError(f"--score {score!r} is not one of both, sampled")
-    benchmarks = _load(on, data, revision or [], offline, count, seed)
+    prepare(out, MARK, force, offline, store, no_store)
+    check_tokenizer(tokenizer, judge, before)
     from patarm_lite.evals.bench import judge_benchmarks
+    from patarm_lite.evals.bench_choice import chosen_benchmarks
+    from patarm_lite.evals.named_judge import Asking, named_judge
     from patarm_lite.evals.scoreboard import markdown, scoreboard
-    from patarm_lite.judge.judge import Judge
-    from patarm_lite.judge.verbs import unchanged
-    from patarm_lite.store import Store, default_place
+    from patarm_lite.store import Store
 
-    def judged(place: str, opened: Store) -> Outcome:
-        where = _fetched(place, offline)
-        settings = _settings(
-            where, votes, score, seed, max_tokens, decoding, long, context, threads, parallel, tokenizer, deterministic
-        )
-        check = unchanged(None if _remote(where) else Path(where))
-        return judge_benchmarks(place, lambda: Judge.load(where, **settings), benchmarks, opened, votes, check)
-
-    with Store.open(None if no_store else store or default_place()) as opened:
-        first = None if before is None else judged(before, opened)
-        second = judged(judge, opened)
+    asking = Asking(
+        votes, score, seed, max_tokens, decoding, long, context, threads, parallel, tokenizer, deterministic, offline
+    )
+    benchmarks = chosen_benchmarks(on, data, revision or [], offline, count, seed)
+    earlier, own = None if before is None else named_judge(before, asking), named_judge(judge, asking)
+    with Store.open(store_place(store, no_store)) as opened:
+        first = None if earlier is None else judge_benchmarks(earlier, benchmarks, opened, votes)
+        second = judge_benchmarks(own, benchmarks, opened, votes)
     found = scoreboard(benchmarks, second, first, k=votes, seed=seed)
     if out is not None:
-        _write_folder(out, found, benchmarks, second, first, force)
+        write_result_folder(out, _files(found, benchmarks, second, first), MARK, force)
     if as_json:
         typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
     elif out is not None:
@@ -166,15 +159,24 @@ def score_verdicts(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the intervals.")] = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Print a benchmark's official figure from stored scores or decisions, of any judge."""
+    """Print a benchmark's official figure from stored scores or decisions, of any judge.
+
+    ifeval and infobench: of any assistant model, from its responses or what was found of them.
+    """
+    from patarm_lite.evals import assistant_data
     from patarm_lite.evals.bench_data import benchmark_named, files_in, load
     from patarm_lite.evals.items import part_of
     from patarm_lite.evals.scoreboard import figures, verdict_table
     from patarm_lite.evals.stored import read_answers
 
-    benchmark = benchmark_named(name)
+    of_assistants = assistant_data.named(name)
+    benchmark = None if of_assistants else benchmark_named(name)
     if not verdicts.is_file():
         raise UserError(f"no file {verdicts}; give a file of verdicts, one record an item")
+    if of_assistants is not None:
+        _score_assistant(of_assistants, verdicts, data, unreadable, seed, as_json)
+        return
+    assert benchmark is not None
     items = None
     if data is not None:
         files = [data] if data.is_file() else files_in(data).get(benchmark.name)
@@ -188,142 +190,41 @@ def score_verdicts(
     typer.echo(json.dumps(found, indent=2, ensure_ascii=False) if as_json else verdict_table(found))
 
 
-def _load(
-    on: str, data: Path | None, revisions: list[str], offline: bool, count: int | None, seed: int
-) -> list[Loaded]:
-    """The benchmarks that are asked for, whole or in part."""
-    from patarm_lite.evals.bench_data import BENCHMARKS, benchmark_named, files_in, load, part
-
-    names = list(dict.fromkeys(benchmark_named(name.strip()).name for name in on.split(",") if name.strip()))
-    at = dict(_revision(given) for given in revisions)
-    found: dict[str, list[Path]]
-    if data is None:
-        found = {name: [] for name in names or [name for name in BENCHMARKS if BENCHMARKS[name].hub]}
-    elif data.is_file():
-        if len(names) != 1:
-            raise UserError(f"{data} is one file, and --on names {len(names)} benchmarks; name the one it is of")
-        found = {names[0]: [data]}
-    else:
-        there = files_in(data)
-        missing = [name for name in names if name not in there]
-        if missing or not there:
-            what = BENCHMARKS[missing[0]].title if missing else "any benchmark"
-            begins = BENCHMARKS[missing[0]].names[0] if missing else "rewardbench, llmbar, ..."
-            raise UserError(f"{data} holds no file of {what}: none in it has a name that begins with {begins}")
-        found = {name: there[name] for name in names or there}
-    loaded = [
-        load(BENCHMARKS[name], files, revision=at.get(name, "main"), offline=offline) for name, files in found.items()
-    ]
-    return loaded if count is None else [part(one, count, seed) for one in loaded]
-
-
-def _revision(given: str) -> tuple[str, str]:
-    from patarm_lite.evals.bench_data import benchmark_named
-
-    name, found, commit = given.partition("=")
-    if not found or not commit:
-        raise UserError(f"--revision {given!r} is not NAME=COMMIT, e.g. --revision judgebench=main")
-    return benchmark_named(name).name, commit
-
-
-def _settings(
-    place: str,
-    votes: int,
-    score: str,
+def _score_assistant(
+    benchmark: AssistantBenchmark,
+    verdicts: Path,
+    data: Path | None,
+    unreadable: float | None,
     seed: int,
-    max_tokens: int,
-    decoding: str | None,
-    long: str,
-    context: int | None,
-    threads: int | None,
-    parallel: int | None,
-    tokenizer: Path | None,
-    deterministic: bool,
-) -> dict[str, Any]:
-    """Options as `Judge.load` takes them. Only a GGUF file here can be held to the protocol."""
-    from patarm_lite.judge.verbs import plan_of
-
-    if decoding not in (None, "constrained", "free"):
-        raise UserError(f"--decoding {decoding!r} is not one of constrained, free")
-    remote = _remote(place)
-    free = decoding == "free" or (decoding is None and (remote or Path(place).is_dir()))
-    return {
-        "plan": plan_of(str(votes), score, seed, max_tokens, "free" if free else "constrained"),
-        "long": long,
-        "context": context,
-        "threads": threads,
-        "sequences": parallel,
-        "tokenizer": tokenizer if remote else None,
-        "deterministic": deterministic,
-        "key": (os.environ.get("PATARM_API_KEY") or None) if remote else None,
-    }
-
-
-def _check_folder(out: Path, force: bool) -> None:
-    if out.is_file():
-        raise UserError(f"{out} is a file; give a folder")
-    if out.exists() and not force:
-        raise UserError(f"{out} exists already; give another place, or --force to replace it")
-    if out.exists() and not (out / "bench.json").is_file() and any(out.iterdir()):
-        raise UserError(f"{out} is not a folder that bench wrote (no bench.json in it); give another place")
-    if not out.parent.is_dir():
-        raise UserError(f"folder {out.parent} does not exist; type: mkdir -p {shlex.quote(str(out.parent))}")
-
-
-def _write_folder(
-    out: Path, found: dict[str, Any], benchmarks: list[Loaded], judge: Outcome, before: Outcome | None, force: bool
+    as_json: bool,
 ) -> None:
-    """Write the folder whole or not at all: under another name first, then by rename."""
-    import shutil
-    import tempfile
+    """Print what stored responses or decisions of an assistant model are worth."""
+    from patarm_lite.evals.assistant_stored import score_stored
+    from patarm_lite.evals.model_page import score_text
 
+    if unreadable is not None:
+        raise UserError(f"--unreadable is for scores, and {benchmark.title} has none; leave it out")
+    found = score_stored(benchmark, verdicts, data, seed)
+    typer.echo(json.dumps(found, indent=2, ensure_ascii=False) if as_json else score_text(found))
+
+
+def _files(found: dict[str, Any], benchmarks: list[Loaded], judge: Outcome, before: Outcome | None) -> dict[str, str]:
+    """The files of the folder: name -> text."""
     from patarm_lite.evals.scoreboard import markdown, page
     from patarm_lite.evals.stored import rows_of
 
-    _check_folder(out, force)
-    part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        part.chmod(0o755)
-        (part / "bench.json").write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        (part / "bench.md").write_text(markdown(found), encoding="utf-8")
-        (part / "bench.html").write_text(page(found), encoding="utf-8", errors="replace")
-        for ending, outcome in (("", judge), *([("-before", before)] if before is not None else [])):
-            for loaded in benchmarks:
-                rows = rows_of(
-                    loaded.benchmark,
-                    outcome.answers(loaded, "score"),
-                    outcome.answers(loaded, "expected"),
-                    outcome.fingerprint,
-                )
-                file = part / f"verdicts-{loaded.benchmark.name}{ending}.jsonl"
-                file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        if out.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-            out.rename(old / "old")
-            part.rename(out)
-            shutil.rmtree(old)
-        else:
-            part.rename(out)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-
-
-def _fetched(place: str, offline: bool) -> str:
-    """Where a judge is: a file, a folder or a URL as it stands, and the folder of a hub id, fetched."""
-    if _remote(place) or Path(place).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", place):
-        return place
-    if place.endswith(".gguf"):
-        return place
-    from patarm_lite.quantize.source import fetch
-
-    return str(fetch(place, offline=offline))
-
-
-def _remote(place: str) -> bool:
-    return place.startswith(("http://", "https://"))
-
-
-def _go_offline() -> None:
-    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
-        os.environ[name] = "1"
+    files = {
+        MARK: json.dumps(found, indent=2, ensure_ascii=False) + "\n",
+        "bench.md": markdown(found),
+        "bench.html": page(found),
+    }
+    for ending, outcome in (("", judge), *([("-before", before)] if before is not None else [])):
+        for loaded in benchmarks:
+            rows = rows_of(
+                loaded.benchmark,
+                outcome.answers(loaded, "score"),
+                outcome.answers(loaded, "expected"),
+                outcome.fingerprint,
+            )
+            files[f"verdicts-{loaded.benchmark.name}{ending}.jsonl"] = "".join(json.dumps(row) + "\n" for row in rows)
+    return files

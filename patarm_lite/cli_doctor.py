@@ -82,9 +82,9 @@ def bundle(
     and written anew, nothing else.
     """
     if offline:
-        from patarm_lite.cli import _go_offline
+        from patarm_lite.cli_options import go_offline
 
-        _go_offline()
+        go_offline()
     if back is not None:
         if pairs or settings or against:
             raise UserError("--back takes a run back and packs nothing; leave out --pairs, --set and --against")

@@ -121,6 +121,15 @@ def _identity(pair: Pair) -> tuple[object, ...]:
     return pair.id, pair.prompt, pair.chosen, pair.rejected
 
 
+def earned(judged: Sequence[JudgedPair], score: ScoreKind = "sampled") -> Floats:
+    """What each pair earns, [N]; its mean is `accuracy`.
+
+    Raises:
+        UserError: see `accuracy`.
+    """
+    return _outcomes(judged, score).earned
+
+
 def longer_wins(pairs: Sequence[Pair]) -> dict[str, float]:
     """Accuracy of the rule "the longer response wins", by words and by characters; equal lengths earn half.
 
@@ -265,12 +274,12 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float | None:
         raise ValueError(f"{len(x)} values against {len(y)}")
     if len(x) < 2:
         return None
-    a, b = (ranks - ranks.mean() for ranks in (_ranks(x), _ranks(y)))
+    a, b = (ranks - ranks.mean() for ranks in (average_ranks(x), average_ranks(y)))
     spread = float(np.sqrt((a @ a) * (b @ b)))
     return float(a @ b) / spread if spread > 0 else None
 
 
-def _ranks(values: Sequence[float]) -> Floats:
+def average_ranks(values: Sequence[float]) -> Floats:
     """Ranks from 1, equal values sharing the mean of theirs."""
     _, place, count = np.unique(np.asarray(values, dtype=float), return_inverse=True, return_counts=True)
     last = np.cumsum(count)

@@ -7,15 +7,13 @@ lets nothing load. Plots are inline SVG, each with a text alternative; their col
 
 from __future__ import annotations
 
-import html
-import io
 import json
 import math
 import os
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,23 @@ from typing import Any
 import yaml
 
 from patarm_lite import metrics
-from patarm_lite.errors import UserError, missing_extra
+from patarm_lite.errors import UserError
+from patarm_lite.page import (
+    FIRST,
+    INK,
+    SECOND,
+    THIRD,
+    Html,
+    caption,
+    chart,
+    document,
+    escape,
+    plot,
+    quoted,
+    section,
+    shortened,
+    table,
+)
 from patarm_lite.records import JudgedPair, Pair, Vote
 from patarm_lite.verdicts import FAULTS, PROBLEMS, SCORES
 
@@ -40,15 +54,9 @@ FILES = (
 )
 EXAMPLES = {"newly right": 3, "no longer right": 2, "unreadable": 1, "other": 2}
 OUTCOMES = ("right", "tie", "wrong", "unreadable")
-LONGEST = 4000
-"""Characters of one text shown."""
 NOTHING, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 
 Json = dict[str, Any]
-
-
-class _Html(str):
-    """Markup of ours, which is not escaped again."""
 
 
 @dataclass
@@ -191,10 +199,6 @@ def _mappings(value: Any) -> list[Json]:
     return [_mapping(row) for row in value] if isinstance(value, list) else []
 
 
-def _escape(value: object) -> str:
-    return value if isinstance(value, _Html) else html.escape(str(value), quote=True)
-
-
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -219,19 +223,15 @@ def _interval(low: Any, high: Any) -> str:
     return f" [{low:.3f}, {high:.3f}]" if _is_number(low) and _is_number(high) else ""
 
 
-def _beside(value: str, interval: str) -> _Html:
+def _beside(value: str, interval: str) -> Html:
     """A number with its interval in a place of its own, so that the numbers of a column stay aligned."""
-    return _Html(f"{_escape(value)}<span class=interval>{_escape(interval)}</span>")
+    return Html(f"{escape(value)}<span class=interval>{escape(interval)}</span>")
 
 
 def _seconds(value: Any) -> str:
     if not _is_number(value):
         return NOTHING
     return f"{value:.1f} s" if value < 100 else f"{int(value) // 60} min {int(value) % 60:02d} s"
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]} … ({len(text):,} characters in all)"
 
 
 def _scalar(value: object) -> str:
@@ -266,8 +266,8 @@ def _page(run: _Run) -> str:
     for title, write in sections:
         content = write(run)
         if content:
-            body.append(f"<section><h2>{_escape(title)}</h2>{content}</section>")
-    return _PAGE.format(title=_escape(f"{name}: training report"), style=_STYLE, body="\n".join(body))
+            body.append(section(title, content))
+    return document(f"{name}: training report", body)
 
 
 def _head(run: _Run, name: str) -> str:
@@ -278,8 +278,8 @@ def _head(run: _Run, name: str) -> str:
         f"{_number(summary.get('minutes'), 1)} minutes",
         f"status {run.run.get('status') or NOTHING}",
     ]
-    parts = [f"<header><h1>{_escape(name)}</h1><p class=facts>{_escape(' · '.join(facts))}</p></header>"]
-    parts += [f"<p class=note>{_escape(sentence)}</p>" for sentence in [*_said_of_the_data(run), *run.notes]]
+    parts = [f"<header><h1>{escape(name)}</h1><p class=facts>{escape(' · '.join(facts))}</p></header>"]
+    parts += [f"<p class=note>{escape(sentence)}</p>" for sentence in [*_said_of_the_data(run), *run.notes]]
     tiles = []
     for label, key in [("accuracy, one judgement", "accuracy"), *_mean_keys(run)]:
         values = [(when, run.heldout(when)) for when in run.before_and_after]
@@ -290,7 +290,7 @@ def _head(run: _Run, name: str) -> str:
                 f"<small>{when}{_interval(held.get(low), held.get(high))}</small></div>"
                 for when, held in values
             )
-            tiles.append(f"<div class=tile><h3>{_escape(label)}</h3><div class=figures>{figures}</div></div>")
+            tiles.append(f"<div class=tile><h3>{escape(label)}</h3><div class=figures>{figures}</div></div>")
     return "\n".join(parts) + (f"<div class=tiles>{''.join(tiles)}</div>" if tiles else "")
 
 
@@ -326,25 +326,6 @@ def _mean_keys(run: _Run) -> list[tuple[str, str]]:
 
 def _bounds(key: str) -> tuple[str, str]:
     return ("low", "high") if key == "accuracy" else (f"{key}_low", f"{key}_high")
-
-
-def _table(header: Sequence[object], rows: Iterable[Sequence[object]], text_columns: int = 1) -> str:
-    """A table with right-aligned numbers after the first columns; a row of one cell is a heading of its own."""
-
-    def cell(tag: str, index: int, value: object) -> str:
-        return f"<{tag}{' class=num' if index >= text_columns else ''}>{_escape(value)}</{tag}>"
-
-    lines = [f"<tr>{''.join(cell('th', i, value) for i, value in enumerate(header))}</tr>"]
-    for row in rows:
-        if len(row) == 1:
-            lines.append(f"<tr class=group><th colspan={len(header)}>{_escape(row[0])}</th></tr>")
-        else:
-            lines.append(f"<tr>{''.join(cell('td', i, value) for i, value in enumerate(row))}</tr>")
-    return f"<div class=wide><table><thead>{lines[0]}</thead><tbody>{''.join(lines[1:])}</tbody></table></div>"
-
-
-def _caption(text: str) -> str:
-    return f"<p class=caption>{_escape(text)}</p>"
 
 
 def _how_measured(run: _Run) -> str:
@@ -391,7 +372,7 @@ def _table_of_measures(run: _Run) -> str:
     longer = metrics.longer_wins(run.pairs)["words"] if run.pairs else None
     rule = f" The rule “the longer one wins” gets {_number(longer)} on the same pairs." if longer is not None else ""
     header = [_beside(word, "") for word in [*whens, "change"][: 3 if len(whens) == 2 else 1]]
-    return _table(["", *header], rows) + _caption(
+    return table(["", *header], rows) + caption(
         f"{_how_measured(run)}. Chance is 0.5.{rule} All pairs are in the denominator, ties earn half, a pair with an "
         "unreadable side earns nothing. In brackets: 95 % bootstrap intervals over prompts; that of a change is paired."
     )
@@ -447,7 +428,7 @@ def _table_of_rows(run: _Run) -> str:
         n = next((row["n"] for row in held.values() if "n" in row), NOTHING)
         rest = [_number(after.get(mean)), _percent(after.get("ties")), _percent(after.get("unreadable"))]
         rows.append([value, _scalar(n), *shown, *rest])
-    return _table(header, rows) + _caption(
+    return table(header, rows) + caption(
         "Accuracy of one judgement unless stated otherwise, with 95 % intervals. Rows with few pairs move a lot by "
         "chance."
     )
@@ -462,9 +443,9 @@ def _detection(run: _Run) -> str:
     rows = []
     for name in names:
         values = [table.get(name) for table in tables]
-        cells = [_Html(_bar(value) + _escape(_number(value))) for value in values]
+        cells = [Html(_bar(value) + escape(_number(value))) for value in values]
         rows.append([name, *cells, *([_difference(values)] if len(whens) == 2 else [])])
-    return _table(["criterion", *whens, *(["change"] if len(whens) == 2 else [])], rows) + _caption(
+    return table(["criterion", *whens, *(["change"] if len(whens) == 2 else [])], rows) + caption(
         "Share of written findings that are true, per criterion, on the held-out pairs. A score can be right for a "
         "wrong written reason; this table shows whether the reasons hold. A coin gets 0.5."
     )
@@ -494,8 +475,8 @@ def _problems(run: _Run) -> str:
     judgements = [len(metrics.judgements(run.judged[when])) for when in whens if when in run.judged]
     of = f" of {_scalar(judgements[0])} judgements" if judgements and len(set(judgements)) == 1 else ""
     if not rows:
-        return _caption(f"None{of}.")
-    return _table(["", *whens], rows) + _caption(
+        return caption(f"None{of}.")
+    return table(["", *whens], rows) + caption(
         f"Counts{of}. A judgement has at most one problem, and may have several faults."
     )
 
@@ -519,7 +500,7 @@ def _time(run: _Run) -> str:
     rows.append(["together", _seconds(total), _seconds(sum(cpu)) if cpu else NOTHING, ""])
     whole = run.summary.get("minutes")
     said = f" From command to report: {_number(whole, 1)} minutes." if _is_number(whole) else ""
-    return _table(["stage", "wall clock", "CPU", "share"], rows) + _caption(f"Measured by the run itself.{said}")
+    return table(["stage", "wall clock", "CPU", "share"], rows) + caption(f"Measured by the run itself.{said}")
 
 
 def _memory(run: _Run) -> str:
@@ -528,14 +509,14 @@ def _memory(run: _Run) -> str:
     tried = _mappings(run.probe.get("tried"))
     if tried:
         header = ["rung", "fits", "largest in its worst step", "planned", "apart", "free at the start"]
-        parts.append(_table(header, [_probed(row) for row in tried]))
+        parts.append(table(header, [_probed(row) for row in tried]))
         last = tried[-1]
         hours = _mapping(last.get("hours")).get("total")
         foretold = f" At most {_number(hours, 2)} hours were foretold." if _is_number(hours) else ""
         said = (
             f"Measured before the run on {last.get('device') or NOTHING}: {last.get('measured') or NOTHING}.{foretold}"
         )
-        parts.append(_caption(said))
+        parts.append(caption(said))
     taken = _mappings(run.run.get("rungs"))
     if taken:
         rows = [
@@ -548,7 +529,7 @@ def _memory(run: _Run) -> str:
             ]
             for entry in taken
         ]
-        parts.append(_table(["memory ran out in", "from", "to", "mathematics", "because"], rows, text_columns=5))
+        parts.append(table(["memory ran out in", "from", "to", "mathematics", "because"], rows, text_columns=5))
     return "".join(parts)
 
 
@@ -572,19 +553,21 @@ def _what_was_run(run: _Run) -> str:
     parts = []
     if command:
         words = " ".join(map(str, command)) if isinstance(command, list) else str(command)
-        parts.append(f"<pre>{_escape(words)}</pre>")
+        parts.append(f"<pre>{escape(words)}</pre>")
     facts = [
         [key, _scalar(value)] for key, value in run.run.items() if key not in shown and value not in (None, {}, [])
     ]
     if facts:
-        parts.append(_table(["run", ""], facts, text_columns=2))
+        parts.append(table(["run", ""], facts, text_columns=2))
     for title, key in [("data", "data"), ("versions", "versions"), ("hashes", "hashes")]:
-        table = _mapping(run.run.get(key))
-        if table:
-            inner = _table([title, ""], [[name, _scalar(value)] for name, value in table.items()], text_columns=2)
-            parts.append(f"<details><summary>{_escape(title)}</summary>{inner}</details>")
+        stated = _mapping(run.run.get(key))
+        if stated:
+            inner = table([title, ""], [[name, _scalar(value)] for name, value in stated.items()], text_columns=2)
+            parts.append(f"<details><summary>{escape(title)}</summary>{inner}</details>")
     if run.recipe_text:
-        parts.append(f"<details><summary>recipe.yaml</summary><pre>{_escape(_short(run.recipe_text))}</pre></details>")
+        parts.append(
+            f"<details><summary>recipe.yaml</summary><pre>{escape(shortened(run.recipe_text))}</pre></details>"
+        )
     return "".join(parts)
 
 
@@ -620,14 +603,14 @@ def _examples(run: _Run) -> str:
         return ""
     before, after = run.judged["before"], run.judged["after"]
     moved = Counter((_outcome(old), _outcome(new)) for old, new in zip(before, after, strict=True))
-    table = [[f"before {was}", *(_scalar(moved[was, now]) for now in OUTCOMES)] for was in OUTCOMES]
+    moves = [[f"before {was}", *(_scalar(moved[was, now]) for now in OUTCOMES)] for was in OUTCOMES]
     wanted = ", ".join(f"{most} {kind}" for kind, most in EXAMPLES.items())
-    caption = (
+    words = (
         "Pairs by the first judgement of each side, before and after. Below, the first in file order of each kind "
         f"({wanted}; where a kind has fewer, others fill up), each with the side whose score moved most."
     )
     cards = "".join(_example(*example) for example in _picked(before, after))
-    return _table(["", *(f"after {now}" for now in OUTCOMES)], table) + _caption(caption) + cards
+    return table(["", *(f"after {now}" for now in OUTCOMES)], moves) + caption(words) + cards
 
 
 def _example(change: str, before: JudgedPair, after: JudgedPair) -> str:
@@ -639,13 +622,13 @@ def _example(change: str, before: JudgedPair, after: JudgedPair) -> str:
     scores = "; ".join(f"{s}: {_score(getattr(before, s)[0])} → {_score(getattr(after, s)[0])}" for s in metrics.SIDES)
     pair = before.pair
     columns = "".join(
-        f"<div><h4>{when}: {_escape(_score(getattr(judged, side)[0]))}</h4>"
-        f"<pre>{_escape(_short(getattr(judged, side)[0].text))}</pre></div>"
+        f"<div><h4>{when}: {escape(_score(getattr(judged, side)[0]))}</h4>"
+        f"<pre>{escape(shortened(getattr(judged, side)[0].text))}</pre></div>"
         for when, judged in (("before", before), ("after", after))
     )
     return (
-        f"<article><h3>{_escape(change)}</h3><p class=facts>{_escape(f'pair {pair.id} · {pair.task} · {scores}')}</p>"
-        f"{_quoted('prompt', _chat(pair))}{_quoted(f'response ({side})', getattr(pair, side))}"
+        f"<article><h3>{escape(change)}</h3><p class=facts>{escape(f'pair {pair.id} · {pair.task} · {scores}')}</p>"
+        f"{quoted('prompt', _chat(pair))}{quoted(f'response ({side})', getattr(pair, side))}"
         f"<div class=columns>{columns}</div></article>"
     )
 
@@ -660,10 +643,6 @@ def _chat(pair: Pair) -> str:
     return "\n".join(f"{turn.role}: {turn.content}" for turn in pair.prompt)
 
 
-def _quoted(label: str, text: str) -> str:
-    return f"<div class=quoted><h4>{_escape(label)}</h4><blockquote>{_escape(_short(text))}</blockquote></div>"
-
-
 def _samples(run: _Run) -> str:
     """Rollouts of the last recorded step; only where there is no before and after to show."""
     if len(run.judged) == 2 or not run.samples:
@@ -676,19 +655,14 @@ def _samples(run: _Run) -> str:
         facts.append(f"score {row['score']}" if row.get("score") is not None else f"unreadable ({row.get('problem')})")
         facts += [f"{key} {_number(row[key], 2)}" for key in ("reward", "advantage") if key in row]
         cards.append(
-            f"<article><p class=facts>{_escape(' · '.join(facts))}</p>"
-            f"{_quoted('response', str(row.get('response', '')))}"
-            f"<pre>{_escape(_short(str(row.get('text', ''))))}</pre></article>"
+            f"<article><p class=facts>{escape(' · '.join(facts))}</p>"
+            f"{quoted('response', str(row.get('response', '')))}"
+            f"<pre>{escape(shortened(str(row.get('text', ''))))}</pre></article>"
         )
-    return _caption(f"From step {last}, the last one sampled.") + "".join(cards)
+    return caption(f"From step {last}, the last one sampled.") + "".join(cards)
 
 
 # --- plots ---
-
-INK, MUTED, GRID, FIRST, SECOND, THIRD = "#010101", "#020202", "#030303", "#040404", "#050505", "#060606"
-"""Colours drawn; each becomes a variable of the style sheet."""
-_VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", FIRST: "first", SECOND: "second", THIRD: "third"}
-_FONT = "DejaVu Sans"
 
 _PANELS: dict[str, list[tuple[str, dict[str, str], str]]] = {
     "grpo": [
@@ -731,16 +705,16 @@ def _curves(run: _Run) -> str:
     charts = []
     for stage in sorted(stages, key=lambda stage: stage != "grpo"):
         rows = [row for row in run.metrics if str(row.get("stage", "")) == stage]
-        for title, keys, caption in _PANELS.get(stage, _PANELS[""]):
+        for title, keys, words in _PANELS.get(stage, _PANELS[""]):
             lines = {key: _points(rows, key) for key in keys}
             lines = {key: points for key, points in lines.items() if points}
             if lines:
                 held = _held_points(run, lines) if "win_share" in lines else []
                 labelled = {keys[key]: points for key, points in lines.items()}
-                charts.append(_curve(f"{title} ({stage})", labelled, caption, held, set(lines)))
+                charts.append(_curve(f"{title} ({stage})", labelled, words, held, set(lines)))
     if not charts:
         return ""
-    return f"<div class=charts>{''.join(charts)}</div>" + _caption(
+    return f"<div class=charts>{''.join(charts)}</div>" + caption(
         "One value a step (pale) and its running mean over a twentieth of the steps (strong)."
     )
 
@@ -767,7 +741,7 @@ def _held_points(run: _Run, lines: Mapping[str, list[tuple[float, float]]]) -> l
 def _curve(
     title: str,
     lines: Mapping[str, list[tuple[float, float]]],
-    caption: str,
+    words: str,
     held: Sequence[tuple[float, Json]],
     keys: set[str],
 ) -> str:
@@ -801,8 +775,8 @@ def _curve(
             axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="best")
         axes.set_xlabel("step")
 
-    svg = _svg(title, (4.4, 2.5), draw, lambda: f"{title}: {'; '.join(said)}. {caption}")
-    return f"<figure><figcaption><b>{_escape(title)}</b> {_escape(caption)}</figcaption>{svg}</figure>"
+    svg = plot(title, (4.4, 2.5), draw, lambda: f"{title}: {'; '.join(said)}. {words}")
+    return chart(title, words, svg)
 
 
 def _running_mean(values: Sequence[float]) -> list[float]:
@@ -826,7 +800,7 @@ def _histograms(run: _Run) -> str:
         return ""
     top = max(sum(sides[side][s] for side in sides) / _total(sides) for sides in counts.values() for s in SCORES)
     charts = "".join(_histogram(when, sides, top) for when, sides in counts.items())
-    return f"<div class=charts>{charts}</div>" + _caption(
+    return f"<div class=charts>{charts}</div>" + caption(
         f"Sampled scores of the readable judgements ({_how_measured(run)}), both sides stacked."
     )
 
@@ -854,125 +828,6 @@ def _histogram(when: str, sides: Mapping[str, Counter[int]], top: float) -> str:
         axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="best", reverse=True)
 
     listed = ", ".join(f"{s}: {sides['chosen'][s]} and {sides['rejected'][s]}" for s in SCORES)
-    svg = _svg(f"scores {when}", (4.4, 2.5), draw, lambda: f"Scores {when}, chosen and rejected. {listed}.")
+    svg = plot(f"scores {when}", (4.4, 2.5), draw, lambda: f"Scores {when}, chosen and rejected. {listed}.")
     readable = _count(sum(sum(counts.values()) for counts in sides.values()), "readable judgement")
-    return f"<figure><figcaption><b>Scores {when}</b> Share of {readable}.</figcaption>{svg}</figure>"
-
-
-def _svg(name: str, inches: tuple[float, float], draw: Callable[[Any], None], alternative: Callable[[], str]) -> str:
-    """One plot as inline SVG that loads nothing: no prolog, no namespaces, ids of its own, colours as variables."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise missing_extra("train", "matplotlib") from None
-    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    settings = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": slug,
-        "text.parse_math": False,
-        "font.family": [_FONT],
-        "font.size": 9,
-        "axes.edgecolor": GRID,
-        "axes.labelcolor": MUTED,
-        "xtick.color": MUTED,
-        "ytick.color": MUTED,
-        "text.color": INK,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.axisbelow": True,
-    }
-    with matplotlib.rc_context(settings):
-        figure = Figure(figsize=inches)
-        figure.subplots_adjust(left=0.13, right=0.98, top=0.95, bottom=0.19)
-        figure.patch.set_visible(False)
-        axes = figure.add_subplot()
-        axes.patch.set_visible(False)
-        axes.grid(axis="y", color=GRID, linewidth=0.6)
-        axes.tick_params(length=0)
-        draw(axes)
-        file = io.StringIO()
-        figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    text = file.getvalue()
-    svg = text[text.index("<svg") :].strip()
-    svg = re.sub(r' (?:xmlns(?::\w+)?|version|width|height)="[^"]*"', "", svg[: svg.index(">")]) + svg[svg.index(">") :]
-    svg = re.sub(r'((?: id="|href="#|url\(#))', rf"\g<1>{slug}-", svg).replace("xlink:href", "href")
-    svg = svg.replace(f"'{_FONT}'", "system-ui, sans-serif")
-    for colour, variable in _VARIABLES.items():
-        svg = svg.replace(colour, f"var(--{variable})")
-    return svg.replace("<svg", f'<svg role="img" aria-label="{_escape(alternative())}"', 1)
-
-
-# --- style ---
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-</body>
-</html>
-"""
-
-_STYLE = """
-:root { color-scheme: light dark; --paper: #fff; --card: #f6f7f9; --ink: #1b1f24; --muted: #5b6470; --grid: #d9dde3;
-  --first: #2563eb; --second: #d97706; --third: #0f8a6a; }
-@media (prefers-color-scheme: dark) { :root { --paper: #14171b; --card: #1d2127; --ink: #e7eaee; --muted: #9aa4b1;
-  --grid: #353c46; --first: #7aa7ff; --second: #f0a848; --third: #4cc9a0; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
-main { max-width: 62rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
-h1 { margin: 0; font-size: 2rem; line-height: 1.2; overflow-wrap: anywhere; }
-h2 { margin: 3rem 0 .75rem; font-size: 1.3rem; }
-h3 { margin: 0 0 .25rem; font-size: 1rem; }
-h4 { margin: 0 0 .25rem; font-size: .8rem; font-weight: 600; color: var(--muted); }
-.facts, .caption { color: var(--muted); font-size: .9rem; overflow-wrap: anywhere; }
-.facts { margin: .25rem 0 .75rem; }
-.caption { margin: .6rem 0 0; max-width: 52rem; }
-.note { margin: .75rem 0 0; padding: .6rem .9rem; border-left: 3px solid var(--second); background: var(--card);
-  font-size: .95rem; overflow-wrap: anywhere; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 1rem; margin-top: 1.5rem; }
-.tile, article { background: var(--card); border-radius: 8px; padding: 1rem 1.1rem; }
-.tile h3 { color: var(--muted); font-weight: 600; font-size: .9rem; }
-.figures { display: flex; gap: 2rem; flex-wrap: wrap; }
-.figures b { display: block; font-size: 2rem; line-height: 1.2; font-variant-numeric: tabular-nums; }
-.figures div:first-child:not(:last-child) b { color: var(--muted); font-weight: 500; }
-.figures small { color: var(--muted); font-variant-numeric: tabular-nums; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .92rem; margin-top: .25rem; }
-th, td { padding: .34rem .6rem; text-align: left; border-bottom: 1px solid var(--grid); vertical-align: top; }
-th:first-child, td:first-child { padding-left: 0; }
-thead th { color: var(--muted); font-weight: 600; font-size: .85rem; vertical-align: bottom; }
-.num { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.interval { display: inline-block; min-width: 7.6rem; padding-left: .45rem; color: var(--muted); text-align: left; }
-td:last-child .interval, th:last-child .interval { min-width: 8.7rem; }
-.group th { padding-top: 1rem; color: var(--muted); font-size: .85rem; }
-td { overflow-wrap: break-word; }
-td:first-child { min-width: 8rem; }
-.bar { display: inline-block; width: 7rem; height: .5rem; margin-right: .6rem; background: var(--grid);
-  border-radius: 4px; overflow: hidden; vertical-align: middle; }
-.bar span { display: block; height: 100%; background: var(--first); }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 1.75rem 1.5rem; }
-figure { margin: 0; display: flex; flex-direction: column; justify-content: space-between; }
-figcaption { font-size: .85rem; color: var(--muted); margin-bottom: .4rem; }
-figcaption b { display: block; color: var(--ink); font-size: .95rem; }
-svg { display: block; width: 100%; height: auto; }
-article { margin-top: 1rem; }
-.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 1rem; margin-top: .75rem; }
-.quoted { margin-top: .6rem; }
-blockquote { margin: 0; padding-left: .75rem; border-left: 2px solid var(--grid); white-space: pre-wrap;
-  overflow-wrap: anywhere; max-height: 14rem; overflow-y: auto; }
-pre { margin: 0; padding: .75rem; background: var(--paper); border: 1px solid var(--grid); border-radius: 6px;
-  font: .82rem/1.45 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; max-height: 24rem;
-  overflow-y: auto; unicode-bidi: isolate; }
-details { margin-top: .75rem; } details table { width: auto; } summary { cursor: pointer; color: var(--muted); }
-details pre { max-height: none; margin-top: .5rem; }
-"""
+    return chart(f"Scores {when}", f"Share of {readable}.", svg)

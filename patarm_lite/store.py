@@ -3,6 +3,7 @@
     votes   one judgement each, keyed by `item_key` (a hash of everything a vote depends on but its index) and its index
     jobs    one row a job: what it read, where it wrote, with which judge, and whether it is finished
     items   one row a response of a job's input: line, place in the line, its key, or why it was not judged
+    replies what an assistant model wrote, keyed by `reply_key` (a hash of everything a reply depends on)
 
 A vote is committed as soon as it is there, so that a job killed at any moment pays for none of its votes twice, and 16
 votes begin with the 8 that were paid for already. The file is in WAL mode with `synchronous=NORMAL`: a killed process
@@ -55,6 +56,13 @@ CREATE TABLE items (
     PRIMARY KEY (job, line, place)
 );
 """
+REPLIES = """
+CREATE TABLE IF NOT EXISTS replies (
+    request BLOB PRIMARY KEY, model TEXT NOT NULL, tokens INTEGER NOT NULL, ended INTEGER NOT NULL,
+    seconds REAL NOT NULL, written REAL NOT NULL, reply TEXT NOT NULL
+)
+"""
+"""Stores that were made before there were replies get this table when they are opened."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +134,13 @@ def item_key(judge: str, backend: str, tokens: str, protocol: Protocol, item: It
     )
 
 
+def reply_key(model: str, backend: str, read: Sequence[Any], max_tokens: int, temperature: float, seed: int) -> bytes:
+    """SHA-256 of everything a reply depends on: the model's fingerprint, the backend, what the model reads (token ids
+    or messages), and how is drawn. The seed counts only where something is drawn."""
+    drawn = [max_tokens, float(temperature), seed if temperature else 0]
+    return _digest(["reply", SCHEMA, model, backend, list(read), drawn])
+
+
 def _digest(values: Sequence[Any]) -> bytes:
     return hashlib.sha256(json.dumps(values, ensure_ascii=True).encode()).digest()
 
@@ -166,6 +181,7 @@ class Store:
         with self._told():
             with self._whole():  # of several processes one makes the tables, the others find them
                 self._check_or_create()
+                self._connection.execute(REPLIES)
             self._write_ahead()
             self._connection.execute("PRAGMA synchronous = NORMAL")
 
@@ -234,6 +250,31 @@ class Store:
                 (item, index, judge, vote.verdict.score, int(measured), seconds, time.time(), judgement),
             )
 
+    # replies
+
+    def reply(self, request: bytes) -> tuple[str, bool, int] | None:
+        """What a model wrote (its text, whether it ended by itself, its tokens); None where nothing is kept.
+
+        Raises:
+            UserError: a reply that can't be read.
+        """
+        with self._told():
+            row = self._connection.execute(
+                "SELECT reply, ended, tokens FROM replies WHERE request = ?", (request,)
+            ).fetchone()
+        if row is None:
+            return None
+        try:
+            return str(json.loads(row[0])), bool(row[1]), int(row[2])
+        except (TypeError, ValueError):
+            raise UserError(f"the store {self.path} holds a damaged reply; {_elsewhere()}") from None
+
+    def add_reply(self, request: bytes, model: str, text: str, ended: bool, tokens: int, seconds: float) -> None:
+        """Keep a reply: it is there, whatever happens, when this returns. One that is there already stays."""
+        row = (request, model, tokens, int(ended), seconds, time.time(), json.dumps(text, ensure_ascii=True))
+        with self._told():
+            self._connection.execute("INSERT INTO replies VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING", row)
+
     # jobs
 
     def begin(self, job: Job) -> int | None:
@@ -281,6 +322,16 @@ class Store:
             ).fetchall()
         return [row[0] for row in rows]
 
+    def other_settings(self, job: Job) -> list[str]:
+        """Other settings with which the same job was begun by the same judge and not finished, the latest first."""
+        with self._told():
+            rows = self._connection.execute(
+                "SELECT settings FROM jobs WHERE (kind, source, out, judge) = (?, ?, ?, ?) AND settings != ? "
+                "AND out_sha256 IS NULL ORDER BY begun DESC",
+                (job.kind, job.source, job.out, job.judge, job.settings),
+            ).fetchall()
+        return [row[0] for row in rows]
+
     # the whole
 
     def contents(self) -> dict[str, Any]:
@@ -288,6 +339,7 @@ class Store:
         with self._told():
             run = self._connection.execute
             judges = run("SELECT judge, count(*), count(DISTINCT item), max(written) FROM votes GROUP BY judge")
+            models = run("SELECT model, count(*), max(written) FROM replies GROUP BY model")
             return {
                 "path": None if self.path is None else str(self.path),
                 "bytes": 0 if self.path is None else _bytes(self.path),
@@ -298,10 +350,16 @@ class Store:
                     {"fingerprint": judge, "votes": votes, "items": items, "last": _date(last)}
                     for judge, votes, items, last in judges.fetchall()
                 ],
+                "replies": _number(run("SELECT count(*) FROM replies")),
+                "models": [
+                    {"fingerprint": model, "replies": replies, "last": _date(last)}
+                    for model, replies, last in models.fetchall()
+                ],
             }
 
     def delete(self, judge: str | None = None) -> Mapping[str, int]:
-        """Delete all votes and jobs, or those of one judge (the beginning of its fingerprint); how many of each.
+        """Delete all votes, replies and jobs, or those of one judge or model (the beginning of its fingerprint); how
+        many of each.
 
         The file is written anew without it, so that its texts are no longer in there.
 
@@ -316,12 +374,15 @@ class Store:
             with self._whole():
                 run(f"DELETE FROM items WHERE job IN (SELECT job FROM jobs{which})", values)
                 found = {table: run(f"DELETE FROM {table}{which}", values).rowcount for table in ("votes", "jobs")}
+                found["replies"] = run(f"DELETE FROM replies{which.replace('judge', 'model')}", values).rowcount
             run("VACUUM")
             run("PRAGMA wal_checkpoint(TRUNCATE)")
         return found
 
     def _whole_name(self, beginning: str) -> str:
-        rows = self._connection.execute("SELECT judge FROM votes UNION SELECT judge FROM jobs").fetchall()
+        rows = self._connection.execute(
+            "SELECT judge FROM votes UNION SELECT judge FROM jobs UNION SELECT model FROM replies"
+        ).fetchall()
         found = [row[0] for row in rows if row[0].startswith(beginning)]
         if len(found) != 1:
             how_many = f"{len(found)} judges" if found else "no judge"

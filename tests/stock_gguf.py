@@ -88,16 +88,19 @@ def vocabulary(name: str) -> dict[str, Any]:
     return {**found, "bos": "<bos>", "eos": "<eos>", **more}
 
 
+HIDDEN, MLP, LAYERS = 32, 64, 2
 ARCHITECTURES = {"llama3": "llama", "mistral": "llama", "gemma": "gemma2", "qwen2": "qwen2"}
 
 
-def write_stock(path: Path, name: str, seed: int = 0, **changes: Any) -> Path:
-    """A little model of that name. `changes`: to its vocabulary's settings (a value None leaves a key out), and
-    `architecture`, `fields` (further metadata)."""
+def write_stock(
+    path: Path, name: str, seed: int = 0, weights: dict[str, np.ndarray] | None = None, **changes: Any
+) -> Path:
+    """A little model of that name. `weights`: by name, in place of the random ones or beside them. `changes`: to its
+    vocabulary's settings (a value None leaves a key out), and `architecture`, `fields` (further metadata)."""
     settings = {"architecture": ARCHITECTURES[name], "fields": {}, **vocabulary(name), **changes}
     architecture, tokens = settings["architecture"], settings["tokens"]
     writer = gguf.GGUFWriter(None, architecture)
-    hidden, heads, size, mlp, layers = 32, 2, 16, 64, 2
+    hidden, heads, size, mlp, layers = HIDDEN, 2, 16, MLP, LAYERS
     numbers = {
         "context_length": 8192,
         "embedding_length": hidden,
@@ -142,7 +145,7 @@ def write_stock(path: Path, name: str, seed: int = 0, **changes: Any) -> Path:
             writer.add_uint32(key, value)
         else:
             writer.add_string(key, value)
-    _add_weights(writer, architecture, len(tokens), hidden, heads * size, size, mlp, layers, seed)
+    _add_weights(writer, architecture, len(tokens), hidden, heads * size, size, mlp, layers, seed, weights or {})
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -150,8 +153,36 @@ def write_stock(path: Path, name: str, seed: int = 0, **changes: Any) -> Path:
     return path
 
 
+def write_answering(path: Path, reply: str) -> Path:
+    """A model that answers everything with the same words, in the manner of `llama3`: its layers add nothing, the words
+    are one token, every other token is followed by it, and it by the end."""
+    known = vocabulary("llama3")
+    letters = byte_letters()
+    tokens = [*known["tokens"], ("".join(letters[byte] for byte in reply.encode()), NORMAL)]
+    end, said = [token for token, _ in tokens].index("<|eot_id|>"), len(tokens) - 1
+    embedded, head = np.zeros((len(tokens), HIDDEN), np.float32), np.zeros((len(tokens), HIDDEN), np.float32)
+    embedded[:, 0], embedded[said], embedded[said, 1] = 1, 0, 1
+    head[said, 0] = head[end, 1] = 1
+    nothing = {
+        f"blk.{layer}.{part}": np.zeros((HIDDEN, width), np.float32)
+        for layer in range(LAYERS)
+        for part, width in (("attn_output", HIDDEN), ("ffn_down", MLP))
+    }
+    weights = {"token_embd": embedded, "output": head, **nothing}
+    return write_stock(path, "llama3", weights=weights, tokens=tokens)
+
+
 def _add_weights(
-    writer: Any, architecture: str, vocab: int, hidden: int, queries: int, keys: int, mlp: int, layers: int, seed: int
+    writer: Any,
+    architecture: str,
+    vocab: int,
+    hidden: int,
+    queries: int,
+    keys: int,
+    mlp: int,
+    layers: int,
+    seed: int,
+    given: dict[str, np.ndarray],
 ) -> None:
     """Weights that give logits of a spread near 2, as in `little_gguf`."""
     shapes: dict[str, tuple[int, ...]] = {"token_embd": (vocab, hidden), "output_norm": (hidden,)}
@@ -166,4 +197,6 @@ def _add_weights(
     random = np.random.default_rng(seed)
     for name, shape in shapes.items():
         values = 1 + random.normal(0, 0.1, shape) if len(shape) == 1 else random.normal(0, 0.35, shape)
-        writer.add_tensor(f"{name}.weight", values.astype(np.float32))
+        writer.add_tensor(f"{name}.weight", given.get(name, values).astype(np.float32))
+    for name in given.keys() - shapes.keys():
+        writer.add_tensor(f"{name}.weight", given[name].astype(np.float32))

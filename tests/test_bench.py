@@ -123,8 +123,10 @@ def test_tables_and_page_name_a_part_and_load_nothing(finished: tuple[Path, Path
         assert f"<h2>{named}</h2>" in page
         assert not re.search(rf"\| {re.escape(known['title'])} \|", text)  # nowhere as if it were whole
     assert ", untrained |" in text
-    assert page.count("<svg") == len(BENCHMARKS) + 1
-    assert page.count('role="img" aria-label="') == len(BENCHMARKS) + 1
+    plots = len(BENCHMARKS) + 2  # one of each, the headline figures, and what ties are worth
+    assert page.count("<svg") == page.count('role="img" aria-label="') == plots
+    assert len(set(re.findall(r' id="([^"]+)"', page))) == len(re.findall(r' id="([^"]+)"', page))
+    assert "was never trained to judge" in page
     assert not re.search(r"""(?:src|href)=["'](?!#)|@import|url\((?!#)""", page)
 
 
@@ -190,6 +192,18 @@ def test_what_is_too_long_has_no_score_and_is_counted(judge: Path, data: Path, t
     assert one["no_score"] == 1.0
     assert one["rows"]["Chat Hard"]["value"] == 0.5  # the official rule for unreadable ratings
     assert one["rules"] == {"lose": 0.0, "half": 0.0, "win": 0.0}
+
+
+def test_a_stock_model_is_the_row_before(judge: Path, data: Path, tmp_path: Path, typed: Typed) -> None:
+    from stock_gguf import write_stock
+
+    stock = write_stock(tmp_path / "stock.gguf", "llama3")
+    arguments = ("--on", "hhh", "--data", data, "--threads", "1", "--context", "6000", "--max-tokens", "150")
+    code, text, err = typed("bench", judge, "--before", stock, *arguments, "--store", tmp_path / "votes.sqlite")
+    assert code == 0, err
+    assert re.search(r"judge \S+stock.gguf \(fingerprint \w{12}, llamacpp, untrained, tokens exact\)", err)
+    assert re.search(r"\| before: \S+stock.gguf, untrained \|", text)
+    assert re.search(r"\| HHH alignment \(in part: 2 of 221 items[^|]*\| difference \|", text)
 
 
 # --- kill -9 ---
@@ -259,7 +273,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(judge: Path, data: Path, t
         (["--data", tmp_path / "empty", "--on", "hhh"], "holds no file of HHH alignment"),
         (["--data", data / "hhh.jsonl"], "is one file, and --on names 0 benchmarks"),
         (["--data", data, "-o", tmp_path / "there"], "exists already"),
-        (["--data", data, "-o", tmp_path / "there", "--force"], "is not a folder that bench wrote"),
+        (["--data", data, "-o", tmp_path / "there", "--force"], "is not a folder of this verb"),
         (["--data", data, "-o", tmp_path / "no" / "where"], "mkdir -p"),
         (["--data", data, "--revision", "hhh"], "is not NAME=COMMIT"),
         (["--data", data, "--score", "some"], "is not one of both, sampled"),

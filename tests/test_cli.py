@@ -34,6 +34,7 @@ VERBS = [
     ["audit"],
     ["compare"],
     ["bench", "score"],
+    ["bench-model"],
     ["doctor"],
     ["bundle"],
     ["store"],
@@ -139,7 +140,10 @@ print("loaded:", *sorted(set({HEAVY!r}) & set(sys.modules)))
         ["bundle"],
         *(
             pytest.param([verb], marks=pytest.mark.slow)
-            for verb in ("train", "eval", "report", "export", "inspect", "calibrate", "judge", "rank", "doctor")
+            for verb in (
+                *("train", "eval", "report", "export", "inspect", "calibrate", "judge", "rank", "doctor"),
+                "bench-model",
+            )
         ),
         *(["rubrics", verb] for verb in ("list", "show", "copy")),
     ],

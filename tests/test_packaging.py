@@ -98,7 +98,15 @@ def test_the_base_install_is_light() -> None:
 
 
 def test_the_extras_are_those_of_the_readme() -> None:
-    assert set(PROJECT["optional-dependencies"]) == {"train", "judge", "export", "unsloth", "dev", "all"}
+    assert set(PROJECT["optional-dependencies"]) == {
+        "train",
+        "judge",
+        "export",
+        "bench-model",
+        "unsloth",
+        "dev",
+        "all",
+    }
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "constraints").glob("*.txt")), ids=lambda path: path.name)

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from patarm_lite import arena
-from patarm_lite.metrics import row_to_pair
+from patarm_lite.metrics import pair_to_row, row_to_pair
 from patarm_lite.prompts import Protocol
 from patarm_lite.quantize.modelfile import completion_prompt, documented_prompt
 from patarm_lite.verdicts import parse
@@ -121,3 +121,29 @@ def test_the_examples_of_the_model_card_run_as_pasted(judge_file: Path, tmp_path
     score, _, turn = ran.stdout.partition("\n")
     assert int(score.split()[0]) in range(1, 11)
     assert turn.startswith("<task>\nchat\n</task>") and "The door is red." in turn
+
+
+def test_a_servers_url_is_benched_audited_and_compared_like_a_file(
+    judge_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("fastapi", reason="llama-cpp-python's server needs pip install 'llama-cpp-python[server]'")
+    from patarm_lite.cli import main
+
+    pairs = tmp_path / "heldout.jsonl"
+    pairs.write_text("".join(json.dumps(pair_to_row(pair)) + "\n" for pair in arena.heldout_pairs(12, seed=1)))
+    items = tmp_path / "llmbar-Natural.json"
+    items.write_text(json.dumps([{"input": "name a color", "output_1": "Red.", "output_2": "old stone", "label": 1}]))
+    store = ["--store", str(tmp_path / "votes.sqlite"), "--context", "1024", "--max-tokens", "150", "--json"]
+    with served(judge_file, tmp_path / "server.log") as url:
+        assert main(["bench", url, "--on", "llmbar", "--data", str(items), *store]) == 0
+        found = json.loads(capsys.readouterr().out)["judge"]
+        assert (found["backend"], found["tokens"], found["decoding"]) == ("openai", "text", "constrained")
+        audit = ["audit", url, "--pairs", str(pairs), "--k", "2", "--attacks", "0", *store]
+        assert main(audit) == 0
+        assert json.loads(capsys.readouterr().out)["pairs"] == 12
+        assert main(audit) == 0
+        assert " 0 to be drawn" in capsys.readouterr().err
+        assert main(["compare", url, str(judge_file), "--pairs", str(pairs), *store]) == 0
+        assert json.loads(capsys.readouterr().out)["n"] == 12
+    assert main([*audit[:-1], "--k", "3", "-o", str(tmp_path / "out")]) == 2, "the server is gone"
+    assert capsys.readouterr().err.startswith("error: ") and not (tmp_path / "out").exists()

@@ -212,13 +212,13 @@ def test_deleted_texts_are_no_longer_in_the_file(tmp_path: Path) -> None:
             keep(store, index, replace(VOTE, text="quite public " * 20), judge="cd34", item=b"other")
         store.begin(JOB)
         store.note(JOB, [(1, 0, KEY, None)])
-        assert store.delete("ab") == {"votes": 50, "jobs": 1}
+        assert store.delete("ab") == {"votes": 50, "jobs": 1, "replies": 0}
         assert len(store.votes(b"other", expected=True)) == 50
         held = b"".join(file.read_bytes() for file in tmp_path.iterdir())
     assert b"very private" not in held
     assert b"quite public" in held
     with Store.open(path) as store:
-        assert store.delete() == {"votes": 50, "jobs": 0}
+        assert store.delete() == {"votes": 50, "jobs": 0, "replies": 0}
     assert b"quite public" not in path.read_bytes()
 
 
@@ -267,3 +267,36 @@ def test_a_place_that_can_not_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"can't be opened: .*--store FILE, or keep nothing with --no-store$"):
         Store.open(tmp_path / "file" / "votes.sqlite")
+
+
+# --- replies of assistant models ---
+
+
+@given(text=st.text(), ended=st.booleans())
+def test_a_reply_comes_back_as_it_was_kept_and_the_first_one_stays(text: str, ended: bool) -> None:
+    with Store.open(None) as store:
+        assert store.reply(b"request") is None
+        store.add_reply(b"request", "ab", text, ended, 3, 0.5)
+        store.add_reply(b"request", "ab", "another", not ended, 4, 0.5)
+        assert store.reply(b"request") == (text, ended, 3)
+
+
+def test_replies_are_shown_and_deleted_with_their_model(tmp_path: Path) -> None:
+    with Store.open(tmp_path / "s.sqlite") as store:
+        for number, model in enumerate(("ab", "ab", "cd")):
+            store.add_reply(bytes([number]), model, f"secret {number}", True, 1, 0.1)
+        found = store.contents()
+        assert found["replies"] == 3
+        assert [(one["fingerprint"], one["replies"]) for one in found["models"]] == [("ab", 2), ("cd", 1)]
+        assert store.delete("ab") == {"votes": 0, "jobs": 0, "replies": 2}
+        assert store.contents()["replies"] == 1
+    data = (tmp_path / "s.sqlite").read_bytes()
+    assert b"secret 0" not in data and b"secret 2" in data
+
+
+def test_a_store_from_before_there_were_replies_takes_them(tmp_path: Path) -> None:
+    with Store.open(tmp_path / "s.sqlite") as store:
+        store._connection.execute("DROP TABLE replies")
+    with Store.open(tmp_path / "s.sqlite") as store:
+        store.add_reply(b"request", "ab", "hello", True, 1, 0.1)
+        assert store.reply(b"request") == ("hello", True, 1)

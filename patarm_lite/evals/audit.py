@@ -1,18 +1,19 @@
 """What judged pairs say of a judge besides its accuracy: one function a measure, plain JSON values out. Numpy only.
 
     distribution    which scores it gives, ties, saturation
-    leaning         how far it follows length or style where the labels don't
+    leanings        how far it follows length or style where the labels don't
     reliability     score gap against how often the higher one was preferred
     repeatability   other seeds, other scores
     transitivity    comparisons that go in a circle
     rubrics         criteria written, and whether they are about the prompt
-    label_noise     what wrong labels would make of the accuracy
+    label_noise     what wrong labels would make of the accuracy, and which labels the judge contradicts most surely
     cost            tokens and seconds of a verdict
 
 A side's score is the mean of its readable votes' expected scores where every readable side has one, else of the sampled
 ones. A judgement that can't be read is never a score: its pair earns nothing and is in no correlation. Every figure has
-its 95 % interval over prompts and its n. What attacks do to a score is in `audit_attacks.py`; which figure is a
-flaw, and what to do, in `audit_findings.py`.
+its 95 % interval over prompts and its n; where several are looked at for one flaw, as length and style are, their
+intervals hold for all of them together (`resampled.together`). What attacks do to a score is in `audit_attacks.py`;
+which figure is a flaw, and what to do, in `audit_findings.py`.
 
 Left out: bias of position (a pointwise judge sees one response at a time) and of self-preference (who wrote a response
 is not known).
@@ -26,14 +27,23 @@ import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from patarm_lite import metrics
 from patarm_lite.calibration import FEWEST, Calibration, check, fit, side_score
-from patarm_lite.evals.resampled import figure, rank_correlation, ratio, ratio_difference
-from patarm_lite.metrics import SIDES
+from patarm_lite.evals.resampled import (
+    Sample,
+    figure,
+    partial_products,
+    rank_correlation,
+    ratio,
+    ratio_difference,
+    together,
+)
+from patarm_lite.metrics import CELLS, DRAWS, INTERVAL, SIDES, Floats
 from patarm_lite.records import JudgedPair, Pair, Verdict, Vote
 from patarm_lite.verdicts import SCORES
 
@@ -52,8 +62,12 @@ FEATURES: dict[str, Callable[[str], float]] = {
 """Surface of a response -> how much of it. The first two are its length."""
 EDGES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """Bins of confidence in the plot of reliability."""
-NOISE = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45)
-"""Shares of flipped labels."""
+NOISE = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
+"""Shares of wrong labels that are tried: a convention, from none to nearly a third."""
+SUSPECTS = 10
+"""Pairs listed whose label the judge contradicts most surely."""
+LONGEST = 600
+"""Characters of a listed text."""
 TRIPLES = 2000
 WORD = re.compile(r"[^\W_]{3,}")
 
@@ -115,6 +129,71 @@ def _readable(j: JudgedPair) -> list[tuple[Vote, Vote]]:
     return [(c, r) for c, r in sides if c.verdict.score is not None and r.verdict.score is not None]
 
 
+def leanings(judged: Sequence[JudgedPair], seed: int = 0) -> list[Json]:
+    """How far scores follow each feature of the text (see `leaning`); the intervals of `excess` hold for all features
+    together, and so do those of `partial`."""
+    rows = [leaning(judged, name, feature, seed) for name, feature in FEATURES.items()]
+    excess = excess_over_labels(judged, seed)
+    partial = together([_at_equal_quality(judged, feature) for feature in FEATURES.values()], seed)
+    return [{**row, "excess": e, "partial": p} for row, e, p in zip(rows, excess, partial, strict=True)]
+
+
+def excess_over_labels(judged: Sequence[JudgedPair], seed: int = 0) -> list[Json | None]:
+    """How much more often the judge prefers the response with more of each feature than the labels do: a share of the
+    readable pairs that differ in it, with intervals for all features together."""
+    samples = [_differing(judged, feature) for feature in FEATURES.values()]
+    return together([(d.prompts, [f - m for f, m in zip(d.follows, d.more, strict=True)]) for d in samples], seed)
+
+
+def _at_equal_quality(judged: Sequence[JudgedPair], feature: Callable[[str], float]) -> Sample:
+    """What makes up the partial rank correlation of scores with a feature; empty where the pairs state no quality."""
+    groups, values, amounts, quality = _points(judged, feature)
+    if not quality or not all(isinstance(q, int | float) for q in quality):
+        return [], []
+    found = partial_products(values, amounts, quality)
+    return ([], []) if found is None else (groups, found)
+
+
+def _points(
+    judged: Sequence[JudgedPair], feature: Callable[[str], float]
+) -> tuple[list[Any], list[float], list[float], list[Any]]:
+    """Of each readable response: its prompt, score, amount of the feature, and true quality where that is stated."""
+    scores, _ = scores_of(judged)
+    found: tuple[list[Any], list[float], list[float], list[Any]] = ([], [], [], [])
+    for j, both in zip(judged, scores, strict=True):
+        for side, score in zip(SIDES, both, strict=True):
+            if score is not None:
+                row = j.pair.prompt, score, feature(getattr(j.pair, side)), j.pair.meta.get(f"{side}_quality")
+                for column, value in zip(found, row, strict=True):
+                    column.append(value)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Differing:
+    """The readable pairs that differ in a feature: what each earned, whether the chosen response has more of it, and
+    whether the judge prefers the one with more (a tie half). [n] each."""
+
+    prompts: list[Any]
+    won: list[float]
+    more: list[float]
+    follows: list[float]
+
+
+def _differing(judged: Sequence[JudgedPair], feature: Callable[[str], float]) -> _Differing:
+    scores, _ = scores_of(judged)
+    found = _Differing([], [], [], [])
+    for j, (c, r), won in zip(judged, scores, earned(scores), strict=True):
+        amounts = feature(j.pair.chosen), feature(j.pair.rejected)
+        if amounts[0] != amounts[1] and c is not None and r is not None:
+            more = amounts[0] > amounts[1]
+            found.prompts.append(j.pair.prompt)
+            found.won.append(won)
+            found.more.append(float(more))
+            found.follows.append(won if more else 1 - won)
+    return found
+
+
 def leaning(judged: Sequence[JudgedPair], name: str, feature: Callable[[str], float], seed: int = 0) -> Json:
     """How far scores follow a feature of the text.
 
@@ -122,39 +201,29 @@ def leaning(judged: Sequence[JudgedPair], name: str, feature: Callable[[str], fl
     taken out, where the pairs state it. `more`, `fewer`: accuracy where the chosen response has more of it, and where
     it has less; `difference`: of the two. A judge that follows the feature alone gets 1 and 0. `follows`: share of the
     pairs that differ in it in which the judge prefers the response with more (ties half); `labels`: in which the labels
-    do. `n`: readable pairs that differ in it.
+    do; `excess`: the first less the second. `n`: readable pairs that differ in it.
     """
-    scores, _ = scores_of(judged)
-    points, pairs = [], []
-    for j, (c, r), value in zip(judged, scores, earned(scores), strict=True):
-        amounts = feature(j.pair.chosen), feature(j.pair.rejected)
-        for side, score, amount in zip(SIDES, (c, r), amounts, strict=True):
-            if score is not None:
-                points.append((j.pair.prompt, score, amount, j.pair.meta.get(f"{side}_quality")))
-        if amounts[0] != amounts[1] and c is not None and r is not None:
-            pairs.append((j.pair.prompt, value, float(amounts[0] > amounts[1])))
-    groups, values, amount_of, quality = map(list, zip(*points, strict=True)) if points else ([], [], [], [])
+    groups, values, amounts, quality = _points(judged, feature)
     known = bool(quality) and all(isinstance(q, int | float) for q in quality)
-    prompts, won, more = map(list, zip(*pairs, strict=True)) if pairs else ([], [], [])
-    right, chosen_more = np.array(won), np.array(more)
-    follows = np.where(chosen_more == 1, right, 1 - right)
-    ones, fewer = np.ones(len(pairs)), 1 - chosen_more
+    pairs = _differing(judged, feature)
+    right, more, follows = np.array(pairs.won), np.array(pairs.more), np.array(pairs.follows)
+    ones, fewer = np.ones(len(right)), 1 - more
 
     def of(columns: list[Any], statistic: Any, n: float) -> Json | None:
-        return figure(prompts, columns, statistic, int(n), seed)
+        return figure(pairs.prompts, columns, statistic, int(n), seed)
 
-    columns = [right * chosen_more, chosen_more, right * fewer, fewer]
+    columns = [right * more, more, right * fewer, fewer]
     return {
         "feature": name,
-        "n": len(pairs),
-        "correlation": rank_correlation(groups, values, amount_of, seed=seed),
-        "partial": rank_correlation(groups, values, amount_of, quality, seed) if known else None,
-        "more": of(columns[:2], ratio, chosen_more.sum()),
+        "n": len(right),
+        "correlation": rank_correlation(groups, values, amounts, seed=seed),
+        "partial": rank_correlation(groups, values, amounts, quality, seed) if known else None,
+        "more": of(columns[:2], ratio, more.sum()),
         "fewer": of(columns[2:], ratio, fewer.sum()),
-        "difference": of(columns, ratio_difference, len(pairs)),
-        "follows": of([follows, ones], ratio, len(pairs)),
-        "labels": of([chosen_more, ones], ratio, len(pairs)),
-        "excess": of([follows - chosen_more, ones], ratio, len(pairs)),
+        "difference": of(columns, ratio_difference, len(right)),
+        "follows": of([follows, ones], ratio, len(right)),
+        "labels": of([more, ones], ratio, len(right)),
+        "excess": of([follows - more, ones], ratio, len(right)),
     }
 
 
@@ -162,10 +231,10 @@ def reliability(judged: Sequence[JudgedPair], own: Calibration | None = None, se
     """Whether a larger gap of scores means a surer preference. None with too few readable pairs.
 
     Prompts are halved; the slope of P(preferred) = 1 / (1 + exp(-slope gap)) is fitted on each half and checked on the
-    other. `slope` is that of all pairs. `bins`: by the probability of the side the judge favours, how often it was
-        right, with intervals (pairs at equal scores are in none). `error`: expected calibration error. `own`: `check`
-    of the calibration that the
-    judge's file holds, on all pairs.
+    other. `slope` is that of all pairs; `one`, `three`: the probability by it that the higher of two responses is the
+    preferred one, one and three points apart. `bins`: by the probability of the side the judge favours, how often it
+    was right, with intervals (pairs at equal scores are in none). `error`: expected calibration error. `own`: `check`
+    of the calibration that the judge's file holds, on all pairs.
     """
     scores, by = scores_of(judged)
     known = [
@@ -190,13 +259,16 @@ def reliability(judged: Sequence[JudgedPair], own: Calibration | None = None, se
     for low, high in itertools.pairwise(EDGES):
         inside = [(g, p, gap) for g, p, gap in rows if gap and low <= p and (p < high or high == EDGES[-1])]
         if inside:
-            right = figure([g for g, _, _ in inside], [[float(gap > 0) for *_, gap in inside], np.ones(len(inside))],
-                           ratio, len(inside), seed)  # fmt: skip
+            won = np.array([float(gap > 0) for *_, gap in inside])
+            right = figure([group for group, _, _ in inside], [won, np.ones(len(won))], ratio, len(won), seed)
             bins.append({"from": low, "to": high, "said": float(np.mean([p for _, p, _ in inside])), "right": right})
+    whole = fit(gaps, np.ones(len(gaps)), gaps)
     return {
         "by": by,
         "pairs": len(known),
-        "slope": fit(gaps, np.ones(len(gaps)), gaps).slope,
+        "slope": whole.slope,
+        "one": whole.p_preferred(1.0),
+        "three": whole.p_preferred(3.0),
         "error": float(np.average([found["calibration_error"] for found in checks], weights=weights)),
         "log_loss": float(np.average([found["log_loss"] for found in checks], weights=weights)),
         "log_loss_coin": math.log(2),
@@ -208,11 +280,10 @@ def reliability(judged: Sequence[JudgedPair], own: Calibration | None = None, se
 def repeatability(judged: Sequence[JudgedPair], seed: int = 0) -> Json | None:
     """What another seed would say: every vote has a seed of its own. None with fewer than two votes.
 
-        `spread`: root mean square over responses of the standard deviation (n - 1) of their votes' sampled scores.
-    `one_vote`:
-    the share of the scores' variance that lies between responses and not between votes, ICC(1) of one-way analysis
-    of variance, over responses with k readable votes. `flips`: how often two votes of one pair disagree about who is
-    better (a tie is an answer of its own). `accuracy`: of each vote alone.
+    `spread`: root mean square over responses of the standard deviation (n - 1) of their votes' sampled scores.
+    `one_vote`: the share of the scores' variance that lies between responses and not between votes, ICC(1) of one-way
+    analysis of variance, over responses with k readable votes. `flips`: how often two votes of one pair disagree about
+    who is better (a tie is an answer of its own). `accuracy`: of each vote alone.
     """
     k = metrics.votes(judged)
     if k < 2:
@@ -260,23 +331,22 @@ def transitivity(judged: Sequence[JudgedPair], seed: int = 0) -> Json:
     probability over triples if each of the three comparisons draws its two scores from the votes that there are; a
     coin without ties would have 0.25. `majority`: triples in a circle by who wins more of the k x k comparisons.
     `labels`: triples whose own labels go in a circle, of those with three labels. `n` is 0 where no prompt has three
-    responses with readable votes.
+    responses with readable votes. Where the pairs state true quality, triples with two equally good responses are left
+    out: their order is no judge's fault.
     """
-    by_prompt: dict[Any, dict[str, list[int]]] = defaultdict(dict)
-    labels: set[tuple[Any, str, str]] = set()
-    for j in judged:
-        labels.add((j.pair.prompt, j.pair.chosen, j.pair.rejected))
-        for text, side in ((j.pair.chosen, j.chosen), (j.pair.rejected, j.rejected)):
-            scores = [v.verdict.score for v in side if v.verdict.score is not None]
-            if scores:
-                by_prompt[j.pair.prompt].setdefault(text, scores)
-    triples = [(p, three) for p, found in by_prompt.items() for three in itertools.combinations(sorted(found), 3)]
+    responses, labels = _by_prompt(judged)
+    triples = [
+        (prompt, three)
+        for prompt, found in responses.items()
+        for three in itertools.combinations(sorted(found), 3)
+        if len({found[text].quality for text in three} - {None}) in (0, 3)
+    ]
     made = len(triples)
     if made > TRIPLES:
         triples = random.Random(f"triples {seed}").sample(triples, TRIPLES)
     circles, majority, labelled, circular = [], [], 0, 0
     for prompt, texts in triples:
-        a, b, c = (by_prompt[prompt][text] for text in texts)
+        a, b, c = (responses[prompt][text].scores for text in texts)
         around = _beats(a, b), _beats(b, c), _beats(c, a)
         back = _beats(b, a), _beats(c, b), _beats(a, c)
         circles.append(math.prod(around) + math.prod(back))
@@ -289,17 +359,38 @@ def transitivity(judged: Sequence[JudgedPair], seed: int = 0) -> Json:
             x, y, z = texts
             circular += {(x, y), (y, z), (z, x)} <= set(sides) or {(y, x), (z, y), (x, z)} <= set(sides)
     groups = [prompt for prompt, _ in triples]
+    ones = np.ones(len(triples))
     return {
         "n": len(triples),
         "of": made,
         "prompts": len(set(groups)),
-        "circles": figure(groups, [circles, np.ones(len(circles))], ratio, len(circles), seed) if circles else None,
-        "majority": figure(groups, [majority, np.ones(len(majority))], ratio, len(majority), seed)
-        if majority
-        else None,
+        "circles": figure(groups, [circles, ones], ratio, len(triples), seed),
+        "majority": figure(groups, [majority, ones], ratio, len(triples), seed),
         "labelled": labelled,
         "labels": circular / labelled if labelled else None,
     }
+
+
+@dataclass(frozen=True, slots=True)
+class _Response:
+    """Readable sampled scores of a response, and its true quality where that is stated."""
+
+    scores: list[int]
+    quality: Any
+
+
+def _by_prompt(judged: Sequence[JudgedPair]) -> tuple[dict[Any, dict[str, _Response]], set[tuple[Any, str, str]]]:
+    """The readable responses to each prompt, and (prompt, chosen, rejected) of every label."""
+    found: dict[Any, dict[str, _Response]] = defaultdict(dict)
+    labels: set[tuple[Any, str, str]] = set()
+    for j in judged:
+        labels.add((j.pair.prompt, j.pair.chosen, j.pair.rejected))
+        for side in SIDES:
+            scores = [v.verdict.score for v in getattr(j, side) if v.verdict.score is not None]
+            if scores:
+                response = _Response(scores, j.pair.meta.get(f"{side}_quality"))
+                found[j.pair.prompt].setdefault(getattr(j.pair, side), response)
+    return found, labels
 
 
 def _beats(a: Sequence[int], b: Sequence[int]) -> float:
@@ -386,57 +477,147 @@ def _weighted(verdict: Verdict) -> float | None:
     return sum(w * s for w, s in known) / sum(w for w, _ in known) if known else None
 
 
-def label_noise(judged: Sequence[JudgedPair]) -> Json:
-    """What wrong labels in the pair file would do to the accuracy, and what they would hide.
+def label_noise(judged: Sequence[JudgedPair], seed: int = 0) -> Json:
+    """What wrong labels in the pair file would do to the accuracy, and which labels look wrong to the judge.
 
-    `rows`, one for each share f of wrong labels. `flipped`: the accuracy if so many of these labels were flipped:
-    (1 - f) A + f (R - A), A the accuracy and R the share of readable pairs (a flip turns a win into a loss; a pair
-        that can't be read earns nothing either way). `ceiling`: what a perfect judge would get on such labels, 1 - f.
-    `true`: the accuracy against
-    right labels that A would mean, (A - f R) / (1 - 2 f); above R it is impossible, which bounds the noise: `most`
-    is R - A. `contradictions`: pairs of responses that the file labels both ways, of `asked` that it labels at all.
+    `rows`, one for each share f of wrong labels. `flipped`: the accuracy if each of these labels were flipped with
+    probability f, its mean over DRAWS random flips and between which values 95 % of them lie. `true`: the accuracy
+    against right labels that the measured one would mean, (A - f R) / (1 - 2 f) with A the accuracy and R the share of
+    readable pairs, with its interval over prompts, 1 / (1 - 2 f) times as wide; None where A is impossible then.
+    `ceiling`: what a perfect judge would get on such labels, 1 - f. `most`: the share R - A above which A is
+    impossible.
+
+    `by`: what is flipped as one, the pairs of a prompt where prompts have several (they mostly have one source), else
+    a pair. `contradictions`: pairs of responses that the file labels both ways, of `asked` that it labels at all.
+    `suspects`: see `suspects`.
     """
     scores, _ = scores_of(judged)
-    accuracy = float(np.mean(earned(scores)))
-    readable = sum(c is not None and r is not None for c, r in scores) / len(scores)
-    rows = []
-    for f in NOISE:
-        true = (accuracy - f * readable) / (1 - 2 * f)
-        rows.append(
-            {
-                "noise": f,
-                "flipped": (1 - f) * accuracy + f * (readable - accuracy),
-                "ceiling": 1 - f,
-                "true": true if -1e-12 <= true <= readable + 1e-12 else None,
-            }
-        )
+    won = np.array(earned(scores))
+    readable = np.array([float(c is not None and r is not None) for c, r in scores])
+    accuracy, known = float(won.mean()), float(readable.mean())
     asked: dict[Any, set[str]] = defaultdict(set)
     for j in judged:
         asked[j.pair.prompt, frozenset((j.pair.chosen, j.pair.rejected))].add(j.pair.chosen)
+    prompts = _prompts(judged)
+    shared = len(set(prompts)) < len(prompts)
+    units = prompts if shared else list(range(len(judged)))
     return {
         "accuracy": accuracy,
-        "readable": readable,
-        "most": max(0.0, readable - accuracy),
-        "rows": rows,
+        "readable": known,
+        "most": max(0.0, known - accuracy),
+        "by": "prompt" if shared else "pair",
+        "rows": [
+            {
+                "noise": f,
+                "flipped": _flipped(units, won, readable, f, seed),
+                "ceiling": 1 - f,
+                "true": _true(prompts, won, readable, f, seed),
+            }
+            for f in NOISE
+        ],
         "contradictions": sum(len(better) > 1 for better in asked.values()),
         "asked": len(asked),
+        "suspects": suspects(judged, seed),
     }
 
 
-def cost(judged: Sequence[JudgedPair], prompt_tokens: Sequence[int], drawn: int, seconds: float) -> Json:
-    """Tokens read and written for a verdict, and the seconds of those that were drawn in this run (None: too few were).
+def _flipped(units: Sequence[Any], won: Floats, readable: Floats, share: float, seed: int) -> Json:
+    """Accuracy where labels are flipped at random: a flip turns a win into a loss; a pair that can't be read earns
+    nothing either way."""
+    names: dict[Any, int] = {}
+    place = np.array([names.setdefault(unit, len(names)) for unit in units])
+    change = np.bincount(place, weights=readable - 2 * won)
+    rng = np.random.default_rng(seed)
+    block = max(1, CELLS // len(names))
+    found = []
+    for start in range(0, DRAWS, block):
+        flips = rng.random((min(block, DRAWS - start), len(names))) < share
+        found.append((won.sum() + flips @ change) / len(won))
+    draws = np.concatenate(found)
+    low, high = np.percentile(draws, INTERVAL)
+    return {"value": float(draws.mean()), "low": float(low), "high": float(high), "n": len(won)}
 
+
+def _true(prompts: Sequence[Any], won: Floats, readable: Floats, share: float, seed: int) -> Json | None:
+    found = figure(
+        prompts,
+        [won, readable, np.ones(len(won))],
+        lambda totals: (totals[0] - share * totals[1]) / totals[2] / (1 - 2 * share),
+        len(won),
+        seed,
+    )
+    assert found is not None
+    if not -1e-12 <= found["value"] <= readable.mean() + 1e-12:
+        return None
+    return found | {"low": max(0.0, found["low"]), "high": min(1.0, found["high"])}
+
+
+def suspects(judged: Sequence[JudgedPair], seed: int = 0) -> Json:
+    """Pairs whose label the judge contradicts most surely: in every one of its votes the rejected response scores
+    higher (votes are matched by their number). Whether the label is wrong or the judge, this can't tell.
+
+    `contradicted`: how many there are, of `n` pairs whose votes can all be read. `listed`: the first SUSPECTS of them,
+    the largest of the smallest gaps first: id, `gap` (mean over votes, points), `least` (smallest over votes), and the
+    texts, cut. `if_listed`, `if_all`: the accuracy if the labels of those were wrong, with intervals.
+    """
+    rows = []
+    readable = 0
+    for place, j in enumerate(judged):
+        votes = _readable(j)
+        if len(votes) < len(j.chosen):
+            continue
+        readable += 1
+        gaps = [(r.verdict.score or 0) - (c.verdict.score or 0) for c, r in votes]
+        if min(gaps) > 0:
+            rows.append((min(gaps), sum(gaps) / len(gaps), place))
+    rows.sort(key=lambda row: (-row[0], -row[1], row[2]))
+    scores, _ = scores_of(judged)
+    prompts, ones = _prompts(judged), np.ones(len(judged))
+
+    def accuracy(wrong: Sequence[int]) -> Json | None:
+        won = np.array(earned(scores))
+        won[list(wrong)] = 1 - won[list(wrong)]
+        return figure(prompts, [won, ones], ratio, len(judged), seed)
+
+    places = [place for *_, place in rows]
+    return {
+        "n": readable,
+        "contradicted": len(rows),
+        "listed": [_suspect(judged[place], gap, least) for least, gap, place in rows[:SUSPECTS]],
+        "if_listed": accuracy(places[:SUSPECTS]),
+        "if_all": accuracy(places),
+    }
+
+
+def _suspect(j: JudgedPair, gap: float, least: int) -> Json:
+    prompt = "\n".join(f"{turn.role}: {turn.content}" for turn in j.pair.prompt)
+    texts = {"prompt": prompt, "chosen": j.pair.chosen, "rejected": j.pair.rejected}
+    cut = {name: text if len(text) <= LONGEST else f"{text[:LONGEST]} …" for name, text in texts.items()}
+    return {"id": j.pair.id, "gap": gap, "least": least, "votes": len(j.chosen), **cut}
+
+
+def cost(judged: Sequence[JudgedPair], prompt_tokens: Sequence[int], drawn: int, seconds: float) -> Json:
+    """What a verdict costs: `prompt_tokens` of its judging prompt (mean; the votes on one response share it), `tokens`
+    written (mean, and `tokens_90` in nine of ten at most), `seconds` (mean over the `drawn` verdicts that were drawn
+    in this run; None: fewer than FEWEST). `thousand`: the same for a thousand verdicts, in tokens and minutes.
     `accurate`: tokens written for a pair that was judged right.
     """
     written = [vote.tokens for vote in metrics.judgements(judged)]
     right = sum(earned(scores_of(judged)[0]))
+    each = seconds / drawn if drawn >= FEWEST else None
+    read, tokens = float(np.mean(prompt_tokens)), float(np.mean(written))
     return {
         "verdicts": len(written),
-        "prompt_tokens": float(np.mean(prompt_tokens)) if prompt_tokens else None,
-        "tokens": float(np.mean(written)),
+        "prompt_tokens": read,
+        "tokens": tokens,
         "tokens_90": float(np.percentile(written, 90)),
         "drawn": drawn,
-        "seconds": seconds / drawn if drawn >= FEWEST else None,
+        "seconds": each,
+        "thousand": {
+            "prompt_tokens": 1000 * read,
+            "tokens": 1000 * tokens,
+            "minutes": None if each is None else 1000 * each / 60,
+        },
         "accurate": sum(written) / right if right else None,
     }
 
@@ -454,10 +635,10 @@ def measures(judged: Sequence[JudgedPair], own: Calibration | None = None, seed:
         "accuracy": figure(_prompts(judged), [earned(scores), np.ones(len(scores))], ratio, len(scores), seed),
         "longer_wins": metrics.longer_wins([j.pair for j in judged])["words"],
         "distribution": distribution(judged, seed),
-        "leaning": [leaning(judged, name, feature, seed) for name, feature in FEATURES.items()],
+        "leaning": leanings(judged, seed),
         "reliability": reliability(judged, own, seed),
         "repeatability": repeatability(judged, seed),
         "transitivity": transitivity(judged, seed),
         "rubrics": rubrics(judged, seed),
-        "label_noise": label_noise(judged),
+        "label_noise": label_noise(judged, seed),
     }

@@ -37,6 +37,9 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     benchmark.name: benchmark for benchmark in (REWARDBENCH, REWARDBENCH2, RM_BENCH, JUDGEBENCH, LLMBAR, PANDALM, HHH)
 }
 
+OF_ASSISTANTS = ("ifeval", "infobench")
+"""Benchmarks of `bench-model`, which score what writes responses and not what judges them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
@@ -66,6 +69,10 @@ def benchmark_named(name: str) -> Benchmark:
     'RM-Bench'
     """
     known = {folded(found): found for found in BENCHMARKS}
+    if folded(name) in OF_ASSISTANTS:
+        raise UserError(
+            f"{name} scores assistant models, not judges; type: patarm-lite bench-model MODEL --on {folded(name)}"
+        )
     if folded(name) not in known:
         raise UserError(f"benchmark {name!r} is not one of {', '.join(BENCHMARKS)}.{nearest(name, BENCHMARKS)}")
     return BENCHMARKS[known[folded(name)]]
@@ -125,8 +132,8 @@ def files_in(data: Path) -> dict[str, list[Path]]:
     for entry in sorted(data.iterdir()):
         name = _benchmark_of(entry.name)
         if name is not None:
-            files = sorted(file for file in entry.rglob("*") if _is_data(file)) if entry.is_dir() else [entry]
-            found.setdefault(name, []).extend(file for file in files if _is_data(file))
+            files = sorted(file for file in entry.rglob("*") if is_data(file)) if entry.is_dir() else [entry]
+            found.setdefault(name, []).extend(file for file in files if is_data(file))
     return {name: found[name] for name in BENCHMARKS if found.get(name)}
 
 
@@ -141,7 +148,8 @@ def _benchmark_of(name: str) -> str | None:
     return max(fitting)[1] if fitting else None
 
 
-def _is_data(file: Path) -> bool:
+def is_data(file: Path) -> bool:
+    """Whether a file's name says that it holds records."""
     return file.is_file() and Path(file.name.lower().removesuffix(".gz")).suffix in FORMATS
 
 
@@ -164,7 +172,7 @@ def part(loaded: Loaded, count: int, seed: int) -> Loaded:
     sizes = {subset: sum(map(len, found.values())) for subset, found in groups.items()}
     rng = random.Random(f"{seed} {loaded.benchmark.name}")
     kept: set[str] = set()
-    for subset, wanted in _shared(sizes, count).items():
+    for subset, wanted in shared_out(sizes, count).items():
         order = sorted(groups[subset])
         rng.shuffle(order)
         taken = 0
@@ -176,10 +184,10 @@ def part(loaded: Loaded, count: int, seed: int) -> Loaded:
     return replace(loaded, items=tuple(item for item in loaded.items if item.id in kept), drawn=True, foreign=foreign)
 
 
-def _shared(sizes: Mapping[str, int], count: int) -> dict[str, int]:
+def shared_out(sizes: Mapping[str, int], count: int) -> dict[str, int]:
     """`count` shared out by size, each at least one as long as there is room: the largest remainders get what is left.
 
-    >>> _shared({"a": 70, "b": 29, "c": 1}, 10)
+    >>> shared_out({"a": 70, "b": 29, "c": 1}, 10)
     {'a': 7, 'b': 2, 'c': 1}
     """
     order = sorted(sizes, key=lambda name: (-sizes[name], name))

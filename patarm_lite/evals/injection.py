@@ -28,7 +28,10 @@ TRIES = 4000
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One response with an attack at its end, and with a benign text instead."""
+    """One response with an attack at its end, and with a benign text instead.
+
+    `quality`: true quality of both, where it is known. `response`: the response itself, with neither.
+    """
 
     family: str
     attack: str
@@ -36,7 +39,8 @@ class Case:
     task: str
     attacked: str
     benign: str
-    quality: float
+    quality: float | None = None
+    response: str = ""
 
 
 def cases(
@@ -51,11 +55,22 @@ def cases(
     Args:
         tokens: how many tokens a content has. n: cases of each family; the responses are used in turn.
     """
+    both = [(pair, response) for pair in pairs for response in (pair.chosen, pair.rejected)]
+    return cases_on(families, both, tokens, n, seed)
+
+
+def cases_on(
+    families: Mapping[str, Sequence[str]],
+    responses: Sequence[tuple[Pair, str]],
+    tokens: Callable[[str], int],
+    n: int,
+    seed: int = 1,
+) -> Iterator[Case]:
+    """The same on some responses, each with its pair."""
     rng = random.Random(f"injection {seed}")
     responses = [
         (pair, response)
-        for pair in pairs
-        for response in (pair.chosen, pair.rejected)
+        for pair, response in responses
         if len(arena.met(pair.meta["criteria"], response)) < len(pair.meta["criteria"])
     ]
     for family, texts in families.items():
@@ -85,7 +100,7 @@ def _case(
         words = arena.benign_words(rng, features, rng.randint(1, 2 + tokens(attack)))
         benign = f"{response} {words}"
         if tokens(benign) == length and arena.met(asked, benign) == truth:
-            return Case(family, attack, pair.prompt, pair.task, attacked, benign, len(truth) / len(asked))
+            return Case(family, attack, pair.prompt, pair.task, attacked, benign, len(truth) / len(asked), response)
     return None
 
 

@@ -11,9 +11,6 @@ items.
 
 from __future__ import annotations
 
-import html
-import io
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,10 +30,10 @@ from patarm_lite.evals.items import (
     score,
     shares,
 )
+from patarm_lite.evals.plots import Line, Point, rows_of_points
+from patarm_lite.page import NO_PLOTS, caption, document, note, plots_work, section, stacked, table
 
 SCHEMA = 1
-INK, MUTED, GRID = "#1f2328", "#57606a", "#d8dee4"
-COLOURS = {"before": "#8250df", "judge": "#0b5cad"}
 DASH = "\N{EN DASH}"
 Json = dict[str, Any]
 
@@ -55,17 +52,11 @@ def figures(
     decided = any(answer.decisions is not None for answer in answers)
     others = () if decided else (LOSE, HALF, WIN)
     rules = {rule: score(benchmark, answers, rule).get(benchmark.headline) for rule in others}
-    return {
-        "items": len(answers),
-        "rows": {
-            row: {**dict(zip(("low", "high"), interval(drawn[row]), strict=True)), "value": value,
-                  "chance": benchmark.chance.get(row)}
-            for row, value in rows.items()
-        },
-        "rules": rules,
-        "ties": ties,
-        "no_score": unreadable,
-    }  # fmt: skip
+    found = {}
+    for row, value in rows.items():
+        low, high = interval(drawn[row])
+        found[row] = {"low": low, "high": high, "value": value, "chance": benchmark.chance.get(row)}
+    return {"items": len(answers), "rows": found, "rules": rules, "ties": ties, "no_score": unreadable}
 
 
 def scoreboard(benchmarks: Sequence[Loaded], judge: Outcome, before: Outcome | None, *, k: int, seed: int) -> Json:
@@ -177,10 +168,8 @@ def _range(row: Mapping[str, Any] | None) -> str:
     return DASH if row is None else f"{percent(row['low'])} to {percent(row['high'])}"
 
 
-SUMMARY = (
-    "benchmark", "judge", "official", "95 %", "by expected", "tie wrong", "tie half", "tie right", "ties", "unreadable",
-    "chance",
-)  # fmt: skip
+BESIDE = ("by expected", "tie wrong", "tie half", "tie right", "ties", "unreadable", "chance")
+SUMMARY = ("benchmark", "judge", "official", "95 %", *BESIDE)
 
 
 def _summary(found: Json) -> list[list[str]]:
@@ -301,117 +290,132 @@ def verdict_table(found: Mapping[str, Any]) -> str:
 
 def page(found: Json) -> str:
     """The scoreboard as one HTML page with inline plots; nothing in it is loaded from anywhere."""
-    parts = ["<h1>Benchmarks</h1>", _figure(found, overview=True), _html_table(SUMMARY, _summary(found), 2)]
-    parts += [f"<p>{html.escape(note)}</p>" for note in _notes(found)]
+    body = ["<header><h1>Benchmarks</h1></header>", *map(note, _warnings(found))]
+    body.append(section("Official figures", _overview(found) + _summary_table(found)))
+    body.append(section("What ties are worth", _tie_rules(found)))
     for name, known in found["benchmarks"].items():
-        header, rows = _detail(found, name)
-        parts.append(f"<h2>{html.escape(name_of(known))}</h2>")
-        parts.append(f"<p>Official rule: {html.escape(known['rule'])}. Items from {html.escape(known['source'])}.</p>")
-        parts += [_figure(found, name=name), _html_table(header, rows, 1)]
-    return _PAGE.format(body="\n".join(parts))
+        said = caption(f"Official rule: {known['rule']}. Items from {known['source']}.")
+        body.append(section(name_of(known), said + _rows_plot(found, name) + _detail_table(found, name)))
+    body.append(section("How to read this", "".join(map(caption, _notes(found)))))
+    return document("Benchmarks", body)
 
 
-def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]], words: int) -> str:
-    def line(tag: str, cells: Sequence[str]) -> str:
-        found = (
-            f"<{tag}{'' if place < words else ' class=num'}>{html.escape(cell)}</{tag}>"
-            for place, cell in enumerate(cells)
-        )
-        return f"<tr>{''.join(found)}</tr>"
-
-    return f"<div class=wide><table>{line('th', header)}{''.join(line('td', row) for row in rows)}</table></div>"
+def _warnings(found: Json) -> list[str]:
+    """What must stand at the top: that a benchmark is in part, and that a judge was never trained."""
+    said = ["A benchmark in part is not comparable with published figures of the whole."]
+    said = said if any(known["part"] for known in found["benchmarks"].values()) else []
+    untrained = [side["place"] for _, side in _sides(found) if side["trained"] is False]
+    return said + [f"{place} was never trained to judge." for place in untrained]
 
 
-def _figure(found: Json, name: str = "", overview: bool = False) -> str:
-    """A plot with a text alternative, or a sentence where matplotlib is not installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        return "<p>Plots need matplotlib, which is not installed here; the tables say the same.</p>"
-    bars: list[tuple[str, dict[str, Json]]] = []
-    if overview:
-        for key, known in found["benchmarks"].items():
-            short = f"{known['title']}{' (in part)' if known['part'] else ''}"
-            bars.append((short, _values(found, key, known["headline"])))
-        title = "Official figures with 95 % intervals"
-    else:
-        rows = _sides(found)[-1][1]["benchmarks"][name]["rows"]
-        bars = [(row, _values(found, name, row)) for row in rows]
-        title = f"{name_of(found['benchmarks'][name])}: official figures with 95 % intervals"
-    alternative = "; ".join(
-        f"{label}: " + ", ".join(f"{side} {percent(row['value'])} ({_range(row)})" for side, row in values.items())
-        for label, values in bars
+def _summary_table(found: Json) -> str:
+    rows: list[list[object]] = []
+    for name, known in found["benchmarks"].items():
+        rows.append([name_of(known)])
+        for side, outcome in _sides(found):
+            one = outcome["benchmarks"][name]
+            head = one["rows"][known["headline"]]
+            expected = one["expected"] and one["expected"]["rows"][known["headline"]]
+            official = stacked(percent(head["value"]), _range(head))
+            beside = [expected and expected["value"], one["ties"], one["unreadable"], head["chance"]]
+            rows.append([_called(side, outcome), official, *map(percent, beside)])
+        if found["difference"] is not None:
+            change = found["difference"][name][known["headline"]]
+            rows.append(["difference", stacked(_signed(change["value"]), _signed_range(change)), *[""] * 4])
+    header = ["judge", "official, 95 %", "by expected scores", "ties", "unreadable", "chance"]
+    return table(header, rows) + caption(
+        "In percent. Ties: of the comparisons. Unreadable: of the judgements. By expected scores: the same rule, on "
+        "scores read from the probabilities of the score's tokens, which hardly ever tie."
     )
-    svg = _plot(bars, title).partition("<svg")
-    label = html.escape(f"{title}. {alternative}", quote=True)
-    return f'<figure role="img" aria-label="{label}">{"".join(svg[1:])}</figure>'
 
 
-def _values(found: Json, name: str, row: str) -> dict[str, Json]:
-    sides = ((side, outcome["benchmarks"][name]["rows"].get(row)) for side, outcome in _sides(found))
-    return {side: value for side, value in sides if value is not None}
+def _overview(found: Json) -> str:
+    lines = []
+    for name, known in found["benchmarks"].items():
+        label = f"{known['title']}{' (in part)' if known['part'] else ''}"
+        lines.append(_line(found, name, known["headline"], label))
+    return _plotted("Headline figures", "Points with their 95 % intervals; each benchmark by its own rule.", lines)
 
 
-def _plot(bars: Sequence[tuple[str, Mapping[str, Json]]], title: str) -> str:
-    """Points with intervals, one line a row; a tick is chance."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "bench", "text.parse_math": False, "font.size": 9}
-    with matplotlib.rc_context({**settings, "text.color": INK, "axes.labelcolor": INK}):
-        figure = Figure(figsize=(7.6, 1.1 + 0.3 * len(bars)), layout="constrained")
-        axes = figure.add_subplot()
-        named: set[str] = set()
-        for place, (_, values) in enumerate(reversed(bars)):
-            for side, row in values.items():
-                value, low, high = (100 * row[key] for key in ("value", "low", "high"))
-                axes.errorbar(
-                    value,
-                    place + {"before": -0.13, "judge": 0.13}[side] * (len(values) > 1),
-                    xerr=[[max(0.0, value - low)], [max(0.0, high - value)]],
-                    fmt={"before": "s", "judge": "o"}[side],
-                    color=COLOURS[side],
-                    markersize=4,
-                    capsize=2.5,
-                    linewidth=1.1,
-                    label=None if side in named else side,
-                )
-                named.add(side)
-                if row["chance"] is not None:
-                    axes.plot([100 * row["chance"]] * 2, [place - 0.3, place + 0.3], color=MUTED, linewidth=1)
-        axes.set_yticks(range(len(bars)), [label for label, _ in reversed(bars)])
-        axes.set_xlabel("percent; a tick is chance")
-        axes.grid(axis="x", color=GRID, linewidth=0.6)
-        axes.set_axisbelow(True)
-        for edge in ("top", "right", "left"):
-            axes.spines[edge].set_visible(False)
-        axes.tick_params(length=0, colors=MUTED)
-        axes.set_title(textwrap.fill(title, 80), loc="left", fontsize=9)
-        if len(named) > 1:
-            axes.legend(frameon=False, fontsize=8, loc="best")
-        file = io.BytesIO()
-        figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    return file.getvalue().decode("utf-8")
+def _rows_plot(found: Json, name: str) -> str:
+    known = found["benchmarks"][name]
+    rows = _sides(found)[-1][1]["benchmarks"][name]["rows"]
+    lines = [_line(found, name, row, row) for row in rows]
+    return _plotted(f"{known['title']}, row by row", "Official figures with their 95 % intervals.", lines)
 
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<title>Benchmarks</title>
-<style>
-body {{ max-width: 62rem; margin: 2rem auto; padding: 0 1rem; font: 15px/1.5 system-ui, sans-serif; color: #1f2328;
-  background: #fff }}
-table {{ border-collapse: collapse; font-size: 13px }}
-th, td {{ padding: .25rem .6rem; border-bottom: 1px solid #d8dee4; text-align: left }}
-.num {{ text-align: right; font-variant-numeric: tabular-nums }}
-.wide {{ overflow-x: auto }}
-figure {{ margin: 1rem 0 }}
-svg {{ max-width: 100%; height: auto }}
-</style>
-<body>
-{body}
-</body>
-</html>
-"""
+def _detail_table(found: Json, name: str) -> str:
+    """Every row of one benchmark's table, as on the page: intervals under their figures."""
+    sides = _sides(found)
+    header = ["row"]
+    for side, outcome in sides:
+        header += [_called(side, outcome), "by expected"]
+    header += ["difference"] if found["difference"] is not None else []
+    cells: list[list[object]] = []
+    for row in sides[-1][1]["benchmarks"][name]["rows"]:
+        line: list[object] = [row]
+        chance = None
+        for _, outcome in sides:
+            one = outcome["benchmarks"][name]
+            value = one["rows"].get(row)
+            expected = one["expected"] and one["expected"]["rows"].get(row)
+            chance = value and value["chance"]
+            line.append(DASH if value is None else stacked(percent(value["value"]), _range(value)))
+            line.append(percent(expected and expected["value"]))
+        if found["difference"] is not None:
+            change = found["difference"][name].get(row)
+            line.append(DASH if change is None else stacked(_signed(change["value"]), _signed_range(change)))
+        cells.append([*line, percent(chance)])
+    return table([*header, "chance"], cells)
+
+
+def _line(found: Json, name: str, row: str, label: str) -> Line:
+    points, chance = {}, None
+    for side, outcome in _sides(found):
+        one = outcome["benchmarks"][name]["rows"].get(row)
+        if one is not None:
+            points[side] = Point(100 * one["value"], 100 * one["low"], 100 * one["high"])
+            chance = None if one["chance"] is None else 100 * one["chance"]
+    return Line(label, points, chance)
+
+
+def _plotted(title: str, words: str, lines: Sequence[Line]) -> str:
+    if not plots_work():
+        return caption(NO_PLOTS)
+    return rows_of_points(title, words, lines, "percent")
+
+
+def _tie_rules(found: Json) -> str:
+    """The headline of each benchmark under every rule for ties: how much of a figure is the rule."""
+    rules = ((LOSE, "a tie is wrong"), (HALF, "a tie earns half"), (WIN, "a tie is right"))
+    rows: list[list[object]] = []
+    lines = []
+    several = found["before"] is not None
+    for name, known in found["benchmarks"].items():
+        rows.append([name_of(known)])
+        for side, outcome in _sides(found):
+            one = outcome["benchmarks"][name]
+            head = one["rows"][known["headline"]]
+            wrong, half, right = (one["rules"].get(rule) for rule, _ in rules)
+            spread = None if wrong is None or right is None else right - wrong
+            rows.append([_called(side, outcome), *map(percent, [head["value"], wrong, half, right, spread])])
+            if wrong is not None and half is not None and right is not None:
+                points = {
+                    "a tie is wrong, half, right": Point(100 * half, 100 * wrong, 100 * right),
+                    "official rule": Point(100 * head["value"]),
+                }
+                lines.append(Line(f"{known['title']}{f', {side}' if several else ''}", points))
+    how = (
+        "The bar goes from the figure in which a tie is wrong to the one in which it is right; at its dot a tie earns "
+        "half. A long bar means that the rule decides more than the judge. The square is the benchmark's own rule."
+    )
+    picture = _plotted("The same verdicts under every rule for ties", how, lines) if lines else ""
+    header = ["judge", "official rule", *(words for _, words in rules), "wrong to right"]
+    return (
+        picture
+        + table(header, rows)
+        + caption(
+            "In percent and percentage points, of each benchmark's headline figure. Under the three rules that are the "
+            "same for all, an unreadable response earns nothing."
+        )
+    )

@@ -34,14 +34,25 @@ def read_answers(
         UserError: a file that can't be read, a record without scores or with the wrong number of them, verdicts of
             several judges, ids that are missing, twice there, or of no item.
     """
+    records = records_of(file)
+    one_of(records, JUDGES, "judges")
+    found = _in_words_of(benchmark, records) if items is None else _matched(benchmark, file, records, items)
+    return [benchmark.answer(record, item, unreadable) for record, item in found]
+
+
+def records_of(file: Path) -> list[Record]:
+    """The records of a file of verdicts.
+
+    Raises:
+        UserError: a file that can't be read, a store, a record that is no object.
+    """
+    if file.is_file() and not file.stat().st_size:
+        raise UserError(f"{file} is empty; a file of verdicts has one record an item, with its id and scores")
     if file.is_file() and _beginning(file) == SQLITE:
         raise UserError(
             f"{file} is a store, and it may hold votes of several judges; type: patarm-lite bench JUDGE --store {file}"
         )
-    records = [Record(str(file), row.number, _object(file, row.number, row.value)) for row in read_rows(str(file))]
-    _one_judge(records)
-    found = _in_words_of(benchmark, records) if items is None else _matched(benchmark, file, records, items)
-    return [benchmark.answer(record, item, unreadable) for record, item in found]
+    return [Record(str(file), row.number, _object(file, row.number, row.value)) for row in read_rows(str(file))]
 
 
 def rows_of(
@@ -123,18 +134,29 @@ def _full(benchmark: Benchmark, record: Record) -> str:
         return ""
 
 
-def _one_judge(records: Sequence[Record]) -> None:
-    """Verdicts of several judges make no figure."""
-    for field in JUDGES:
+def one_of(records: Sequence[Record], fields: Sequence[str], what: str) -> None:
+    """Verdicts of several judges make no figure. `fields`: that may say whose a verdict is; `what`: who they are.
+
+    Raises:
+        UserError: a field that says two different things, or says something in some records and nothing in others.
+    """
+    for field in fields:
         first: dict[str, Record] = {}
+        silent = [record for record in records if record.row.get(field) is None]
         for record in records:
             if isinstance(record.row.get(field), str):
                 first.setdefault(record.row[field], record)
+        if first and silent:
+            name, where = next(iter(first.items()))
+            raise silent[0].wrong(
+                f"{field!r} is missing, and record {where.number} has {name[:40]!r}: say in each record whose it is, "
+                "or in none"
+            )
         if len(first) > 1:
             (one, _), (other, where) = list(first.items())[:2]
             raise where.wrong(
-                f"{field!r} is {other[:40]!r}, and before it {one[:40]!r}: verdicts of {len(first)} judges make no "
-                "figure; give a file of each judge's verdicts"
+                f"{field!r} is {other[:40]!r}, and before it {one[:40]!r}: verdicts of {len(first)} {what} make no "
+                "figure; give a file of each one's"
             )
 
 

@@ -192,6 +192,10 @@ def show_store(given: Path | None, as_json: bool = False) -> str:
         lines.append("judge         votes   responses  last")
     for judge in found["judges"]:
         lines.append(f"{judge['fingerprint'][:12]}  {judge['votes']:<7} {judge['items']:<10} {judge['last']}")
+    if found["models"]:
+        lines.append("model         replies            last")
+    for model in found["models"]:
+        lines.append(f"{model['fingerprint'][:12]}  {model['replies']:<18} {model['last']}")
     return "\n".join(lines)
 
 
@@ -208,7 +212,8 @@ def delete_from_store(given: Path | None, judge: str | None = None) -> str:
     place = store_place(given)
     with Store.open(place) as store:
         found = store.delete(judge)
-    return f"deleted {found['votes']} votes and {found['jobs']} jobs from {place}"
+    replies = f", {found['replies']} replies" if found["replies"] else ""
+    return f"deleted {found['votes']} votes{replies} and {found['jobs']} jobs from {place}"
 
 
 def _wanted(job: FileJob) -> tuple[Wanted, str]:
