@@ -9,11 +9,15 @@ import time
 class Progress:
     """One line on stderr: redrawn on a terminal, else printed at most every `every` seconds.
 
-    `even`: whether steps take about the same time, so that two of them foretell all.
+    `even`: whether steps take about the same time, so that two of them foretell all. `before`: seconds that the steps
+    `done` so far took, where that was measured: they foretell the rest too.
     """
 
-    def __init__(self, label: str, total: int, done: int = 0, every: float = 15.0, even: bool = True) -> None:
+    def __init__(
+        self, label: str, total: int, done: int = 0, every: float = 15.0, even: bool = True, before: float = 0.0
+    ) -> None:
         self.label, self.total, self.start, self.every = label, total, done, every
+        self.before, self.measured = before, done if before else 0
         self.began = self.shown = time.monotonic()
         self.predicted = not even
         self.terminal = sys.stderr.isatty()
@@ -21,7 +25,7 @@ class Progress:
     def at(self, done: int, words: str = "") -> None:
         now = time.monotonic()
         count = done - self.start
-        left = (now - self.began) / max(count, 1) * (self.total - done)
+        left = (now - self.began + self.before) / max(count + self.measured, 1) * (self.total - done)
         if count >= 2 and not self.predicted:
             self.predicted = True
             whole = (now - self.began) / count * (self.total - self.start)

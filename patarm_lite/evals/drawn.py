@@ -247,14 +247,15 @@ class _Drawing:
         rates = {plan: self._draw(plan, block) for plan, block in warm.items()}
         left = {plan: sum(map(len, groups[plan].values())) - rate.drawn for plan, rate in rates.items()}
         if any(left.values()):
-            seconds = sum(left[plan] * rate.seconds / rate.drawn for plan, rate in rates.items())
+            rest = sum(left[plan] * rate.seconds / rate.drawn for plan, rate in rates.items())
             speed = self.drawn / sum(rate.seconds for rate in rates.values())
             count = sum(left.values())
-            say(f"  warm-up: {speed:.2f} verdicts a second; the other {count} take about {span(seconds)}")
-        self.progress = Progress(self.name, self.total, done=self.drawn, even=False)
+            say(f"  warm-up: {speed:.2f} verdicts a second; the other {count} take about {span(rest)}")
+        seconds = sum(rate.seconds for rate in rates.values())
+        self.progress = Progress(self.name, self.total, done=self.drawn, even=False, before=seconds)
         for plan, missing in groups.items():
-            rest = {key: indices for key, indices in missing.items() if key not in warm[plan]}
-            for block in _blocks(rest):
+            others = {key: indices for key, indices in missing.items() if key not in warm[plan]}
+            for block in _blocks(others):
                 more = self._draw(plan, block)
                 rates[plan] = Rate(rates[plan].drawn + more.drawn, rates[plan].seconds + more.seconds)
         return rates

@@ -60,7 +60,7 @@ class Replies:
             each = self.seconds / self.drawn
             left = span(len(rest) * each)
             say(f"  warm-up: {1 / each:.2f} {self.label} a second; the other {len(rest)} take about {left}")
-            self.progress = Progress(self.label, len(missing), done=self.drawn, even=False)
+            self.progress = Progress(self.label, len(missing), done=self.drawn, even=False, before=self.seconds)
         for start in range(0, len(rest), BLOCK):
             self.draw(rest[start : start + BLOCK])
         self.check()
