@@ -130,6 +130,21 @@ def test_tables_and_page_name_a_part_and_load_nothing(finished: tuple[Path, Path
     assert not re.search(r"""(?:src|href)=["'](?!#)|@import|url\((?!#)""", page)
 
 
+def test_responses_without_an_expected_score_are_counted_under_the_figures(finished: tuple[Path, Path]) -> None:
+    from patarm_lite.evals.scoreboard import markdown
+
+    found = scored(finished[0])
+    said = "without an expected score"
+    for side in ("before", "judge"):
+        for one in found[side]["benchmarks"].values():
+            if one["expected"]:
+                one["expected"]["no_score"] = 0.0
+    assert said not in markdown(found)
+    llmbar = found["judge"]["benchmarks"]["llmbar"]
+    llmbar["expected"] = {"rows": llmbar["rows"], "no_score": 0.25}
+    assert f"{said} (little probability on scores): 25.0% of LLMBar." in markdown(found)
+
+
 def test_benchmarks_share_the_verdicts_on_equal_responses(finished: tuple[Path, Path]) -> None:
     out, store = finished
     rows = {name: (out / f"verdicts-{name}.jsonl").read_text().splitlines() for name in ("llmbar", "rewardbench")}

@@ -19,6 +19,7 @@ from patarm_lite.evals.items import (
     WIN,
     Answer,
     BenchItem,
+    chance_of,
     draws,
     interval,
     means_of,
@@ -312,6 +313,23 @@ def test_the_same_seed_draws_the_same_items_of_two_judges() -> None:
     one = pairs("honest", *[(9, 1), (1, 9), (9, 1)] * 10)
     assert (draws(HHH, one, seed=3)["Overall"] == draws(HHH, one, seed=3)["Overall"]).all()
     assert (draws(HHH, one, seed=3)["Overall"] != draws(HHH, one, seed=4)["Overall"]).any()
+
+
+def test_chance_is_what_random_scores_get_on_these_items() -> None:
+    def ties(kind: str, correct: int, count: int) -> list[Answer]:
+        items = [BenchItem(f"Ties/{kind}:{n}", "Ties", kind, correct, group=str(n)) for n in range(300)]
+        return [Answer(item, (1.0,) * count) for item in items]
+
+    known = chance_of(PANDALM, [*pairs("test", *[(5, 5)] * 3, label="2"), *pairs("test", (5, 5), label="0")])
+    assert known["Accuracy"] == pytest.approx(3 / 8)  # never a tie, so it loses what people call one
+    math_items = [Answer(BenchItem(f"Math/{n}", "Math"), (1.0, 2.0, 3.0, None)) for n in range(3)]
+    found = chance_of(REWARDBENCH2, math_items)
+    assert (found["Math"], found["Score"]) == (0.25, pytest.approx(0.25))
+    # one right of three is the best one in 1/3 (0.30 of the score), and one of two kinds alone has no gaps to compare
+    assert chance_of(REWARDBENCH2, ties("ref", 1, 3))["Ties"] == pytest.approx(0.3 / 3, abs=0.005)
+    # two right of three lie above the wrong one in 1/3
+    assert chance_of(REWARDBENCH2, ties("tied", 2, 3))["Ties"] == pytest.approx(0.3 / 3, abs=0.005)
+    assert chance_of(HHH, pairs("helpful", (1, 1)))["Overall"] == 0.5
 
 
 def test_nothing_is_no_score() -> None:

@@ -37,6 +37,7 @@ RULES = {
     WIN: "a tie is right",
 }
 DRAWS = 2000
+CHANCE_DRAWS = 40
 INTERVAL = (2.5, 97.5)
 """Percentiles of the bootstrap draws."""
 NAMED = 3
@@ -184,7 +185,8 @@ class Benchmark:
         answer: a verdict record, its item, and the number that stands for an unreadable score -> the answer.
         units, table: see above; `table` also gets the number of units in each subset.
         headline: the row of the table that stands for the whole.
-        chance: row -> what a judge gets that draws scores at random and never ties.
+        chance: row -> what a judge gets that draws scores at random and never ties, where that is a plain number.
+        chance_drawn: rows for which it depends on the items; `chance_of` draws it.
         rule: what the official rule does with ties and unreadable scores, in words.
     """
 
@@ -202,6 +204,7 @@ class Benchmark:
     table: Callable[[Means, Mapping[str, int]], dict[str, float]]
     headline: str
     chance: Mapping[str, float] = field(default_factory=dict)
+    chance_drawn: tuple[str, ...] = ()
     rule: str = ""
 
 
@@ -297,6 +300,24 @@ def draws(benchmark: Benchmark, answers: Sequence[Answer], rule: str = OFFICIAL,
         }
         tables.append(benchmark.table(means, counts))
     return {row: np.array([table.get(row, np.nan) for table in tables]) for row in tables[0]}
+
+
+def chance_of(benchmark: Benchmark, answers: Sequence[Answer]) -> dict[str, float]:
+    """Row -> what random scores that never tie get on these items; rows without such a figure are left out.
+
+    Where `Benchmark.chance` does not know it, it is the mean of the tables of 40 draws, always the same ones.
+    """
+    if not benchmark.chance_drawn:
+        return dict(benchmark.chance)
+    rng = np.random.default_rng(0)
+    sums: Counter[str] = Counter()
+    for _ in range(CHANCE_DRAWS // 4):
+        orders = [rng.permutation(len(answer.scores or answer.item.responses) or 2) for answer in answers]
+        for turn in range(4):  # each of four responses, or of two, is the best one equally often
+            ranks = [tuple(((order + turn) % len(order)).tolist()) for order in orders]
+            sums.update(score(benchmark, [Answer(one.item, at) for one, at in zip(answers, ranks, strict=True)]))
+    drawn = {row: sums[row] / CHANCE_DRAWS for row in benchmark.chance_drawn if row in sums}
+    return {**drawn, **benchmark.chance}
 
 
 def interval(drawn: Floats) -> tuple[float, float]:

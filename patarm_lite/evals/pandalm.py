@@ -32,7 +32,7 @@ from patarm_lite.pairs.chats import kind
 
 PEOPLE = ("annotator1", "annotator2", "annotator3")
 TIE, CLASSES = "0", ("0", "1", "2")
-ACCURACY = "Accuracy"
+ACCURACY, AVERAGED = "Accuracy", ("precision", "recall", "F1")
 SUBSET = "test"
 
 
@@ -129,16 +129,15 @@ def _table(means: Means, counts: Mapping[str, int]) -> dict[str, float]:
     values = means[SUBSET]
     if TIE + TIE not in values:
         return {ACCURACY: values["right"]} if "right" in values else {}
-    figures: dict[str, list[float]] = {"precision": [], "recall": [], "F1": []}
+    averaged = []
     for one in CLASSES:
         hits = values[one + one]
         precision = _ratio(hits, sum(values[other + one] for other in CLASSES))
         recall = _ratio(hits, sum(values[one + other] for other in CLASSES))
-        figures["precision"].append(precision)
-        figures["recall"].append(recall)
-        figures["F1"].append(_ratio(2 * precision * recall, precision + recall))
+        averaged.append((precision, recall, _ratio(2 * precision * recall, precision + recall)))
     accuracy = sum(values[one + one] for one in CLASSES)
-    return {ACCURACY: accuracy, **{f"Macro {name}": sum(found) / 3 for name, found in figures.items()}}
+    macros = zip(AVERAGED, zip(*averaged, strict=True), strict=True)
+    return {ACCURACY: accuracy, **{f"Macro {name}": sum(found) / 3 for name, found in macros}}
 
 
 def _ratio(part: float, whole: float) -> float:
@@ -159,5 +158,6 @@ PANDALM = Benchmark(
     units=_units,
     table=_table,
     headline=ACCURACY,
+    chance_drawn=(ACCURACY, *(f"Macro {name}" for name in AVERAGED)),
     rule="three classes, a tie is one of them, and so is what can't be read; the other rules leave out human ties",
 )

@@ -197,6 +197,7 @@ REWARDBENCH2 = Benchmark(
     table=_table,
     headline=SCORE,
     chance={name: 0.25 for name in COUNTS if name != TIES},
+    chance_drawn=(SCORE, TIES),
     rule="the right response earns 1/k where k share the highest score; unreadable ones are left out of it, and four"
     " of them earn 0.25; in Ties an unreadable rating counts as -1",
 )

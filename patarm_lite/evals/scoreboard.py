@@ -25,6 +25,7 @@ from patarm_lite.evals.items import (
     Answer,
     Benchmark,
     Floats,
+    chance_of,
     draws,
     interval,
     score,
@@ -34,6 +35,8 @@ from patarm_lite.evals.plots import Line, Point, rows_of_points
 from patarm_lite.page import NO_PLOTS, caption, document, note, plots_work, section, stacked, table
 
 SCHEMA = 1
+FEW = 0.01
+"""Share of responses without an expected score from which on it is said."""
 DASH = "\N{EN DASH}"
 Json = dict[str, Any]
 
@@ -52,10 +55,11 @@ def figures(
     decided = any(answer.decisions is not None for answer in answers)
     others = () if decided else (LOSE, HALF, WIN)
     rules = {rule: score(benchmark, answers, rule).get(benchmark.headline) for rule in others}
+    chance = chance_of(benchmark, answers)
     found = {}
     for row, value in rows.items():
         low, high = interval(drawn[row])
-        found[row] = {"low": low, "high": high, "value": value, "chance": benchmark.chance.get(row)}
+        found[row] = {"low": low, "high": high, "value": value, "chance": chance.get(row)}
     return {"items": len(answers), "rows": found, "rules": rules, "ties": ties, "no_score": unreadable}
 
 
@@ -243,6 +247,13 @@ def _notes(found: Json) -> list[str]:
         if long:
             which = ", ".join(f"{count} of {found['benchmarks'][name]['title']}" for name, count in long.items())
             notes.append(f"Too long to be judged, so without a score: {which} responses.")
+        bare = {name: one["expected"]["no_score"] for name, one in outcome["benchmarks"].items() if one["expected"]}
+        which = ", ".join(
+            f"{share:.1%} of {found['benchmarks'][name]['title']}" for name, share in bare.items() if share >= FEW
+        )
+        if which:
+            why = "without an expected score (little probability on scores)"
+            notes.append(f"{_called(side, outcome)}: {why}: {which}.")
     notes.append(
         "Figures are percentages. Official: by the ratings the judge wrote (mean of the votes), under the benchmark's "
         "own rule. By expected: the same rule by expected scores; a response without one counts as unreadable there. "
