@@ -151,6 +151,15 @@ def name_of(known: Mapping[str, Any]) -> str:
     return known["title"] if known["part"] is None else f"{known['title']} ({known['part']})"
 
 
+def _label(known: Mapping[str, Any]) -> str:
+    """A benchmark's name as plots print it.
+
+    >>> _label({"title": "LLMBar", "part": None}), _label({"title": "LLMBar", "part": "in part: 9 of 419 pairs"})
+    ('LLMBar', 'LLMBar (in part)')
+    """
+    return known["title"] if known["part"] is None else f"{known['title']} ({known['part'].partition(':')[0]})"
+
+
 def _sides(found: Json) -> list[tuple[str, Json]]:
     return [(name, found[name]) for name in ("before", "judge") if found[name] is not None]
 
@@ -343,8 +352,7 @@ def _summary_table(found: Json) -> str:
 def _overview(found: Json) -> str:
     lines = []
     for name, known in found["benchmarks"].items():
-        label = f"{known['title']}{' (in part)' if known['part'] else ''}"
-        lines.append(_line(found, name, known["headline"], label))
+        lines.append(_line(found, name, known["headline"], _label(known)))
     return _plotted("Headline figures", "Points with their 95 % intervals; each benchmark by its own rule.", lines)
 
 
@@ -352,7 +360,7 @@ def _rows_plot(found: Json, name: str) -> str:
     known = found["benchmarks"][name]
     rows = _sides(found)[-1][1]["benchmarks"][name]["rows"]
     lines = [_line(found, name, row, row) for row in rows]
-    return _plotted(f"{known['title']}, row by row", "Official figures with their 95 % intervals.", lines)
+    return _plotted(f"{_label(known)}, row by row", "Official figures with their 95 % intervals.", lines)
 
 
 def _detail_table(found: Json, name: str) -> str:
@@ -415,7 +423,7 @@ def _tie_rules(found: Json) -> str:
                     "a tie is wrong, half, right": Point(100 * half, 100 * wrong, 100 * right),
                     "official rule": Point(100 * head["value"]),
                 }
-                lines.append(Line(f"{known['title']}{f', {side}' if several else ''}", points))
+                lines.append(Line(f"{_label(known)}{f', {side}' if several else ''}", points))
     how = (
         "The bar goes from the figure in which a tie is wrong to the one in which it is right; at its dot a tie earns "
         "half. A long bar means that the rule decides more than the judge. The square is the benchmark's own rule."
