@@ -30,6 +30,22 @@ def shared() -> Path:
     return folder
 
 
+Typed = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def typed(capsys: pytest.CaptureFixture[str]) -> Typed:
+    """Type a command: (exit code, stdout, stderr)."""
+    from patarm_lite.cli import main
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        code = main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
 # --- a little run: every stage of the real thing, in seconds ---
 
 LITTLE = """

@@ -9,11 +9,11 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Typed
 from little_gguf import write_little_gguf
 
 from patarm_lite.cli import main
@@ -26,18 +26,6 @@ pytest.importorskip("llama_cpp")
 QUICK = ("--threads", "1", "--parallel", "8", "--context", "1500", "--max-tokens", "100", "--offline")
 EACH = 2
 """Items of each benchmark."""
-
-Typed = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def typed(capsys: pytest.CaptureFixture[str]) -> Typed:
-    def run(*arguments: object) -> tuple[int, str, str]:
-        code = main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
+from conftest import Typed
 
 from patarm_lite.cli import main
 from patarm_lite.recipe import _Loader
@@ -46,8 +47,6 @@ VERBS = [
 ]
 HEAVY = ("torch", "transformers", "numpy", "pydantic", "trl", "datasets", "matplotlib", "yaml")
 
-Type = Callable[..., tuple[int, str, str]]
-
 
 @pytest.fixture(autouse=True)
 def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,19 +54,7 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def typed(capsys: pytest.CaptureFixture[str]) -> Type:
-    """Type a command: (exit code, stdout, stderr)."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        code = main(arguments)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
-
-
-@pytest.fixture
-def refused(typed: Type) -> Callable[..., str]:
+def refused(typed: Typed) -> Callable[..., str]:
     """Type a command that must end with exit code 2 and one error line: the line."""
 
     def run(*arguments: str) -> str:
@@ -112,7 +99,7 @@ sys.exit(main({list(arguments)!r}))
 
 
 @pytest.mark.parametrize("verb", VERBS, ids=" ".join)
-def test_help_of_every_verb_ends_with_an_example(verb: list[str], typed: Type) -> None:
+def test_help_of_every_verb_ends_with_an_example(verb: list[str], typed: Typed) -> None:
     code, out, _ = typed(*verb, "--help")
     assert code == 0
     example = out.rstrip().partition("Example:\n\n")[2].splitlines()[-1]
@@ -149,7 +136,7 @@ print("loaded:", *sorted(set({HEAVY!r}) & set(sys.modules)))
     ],
     ids=" ".join,
 )
-def test_the_example_in_the_help_works_as_pasted(verb: list[str], typed: Type) -> None:
+def test_the_example_in_the_help_works_as_pasted(verb: list[str], typed: Typed) -> None:
     _, out, _ = typed(*verb, "--help")
     example = "\n".join(line.strip() for line in out.partition("Example:\n\n")[2].strip().splitlines())
     done = shell(f"set -e; {example}")
@@ -157,13 +144,13 @@ def test_the_example_in_the_help_works_as_pasted(verb: list[str], typed: Type) -
     assert "error" not in done.stderr
 
 
-def test_a_command_without_a_verb_prints_the_help_and_fails(typed: Type) -> None:
+def test_a_command_without_a_verb_prints_the_help_and_fails(typed: Typed) -> None:
     code, out, err = typed()
     assert (code, out) == (2, "")
     assert "Usage: patarm-lite" in err and "train" in err
 
 
-def test_the_version_is_that_of_the_package(typed: Type) -> None:
+def test_the_version_is_that_of_the_package(typed: Typed) -> None:
     import patarm_lite
 
     assert typed("--version") == (0, f"patarm-lite {patarm_lite.__version__}\n", "")
@@ -219,7 +206,7 @@ def test_an_unknown_key_in_set_names_the_nearest(refused: Callable[..., str]) ->
     assert "'grpo.stepps'. Did you mean 'steps'?" in refused("train", "tiny", "--set", "grpo.stepps=3")
 
 
-def test_1e_5_in_a_recipe_is_a_number(typed: Type) -> None:
+def test_1e_5_in_a_recipe_is_a_number(typed: Typed) -> None:
     Path("my.yaml").write_text("name: my\ngrpo:\n  lr: 1e-5\n")
     code, out, _ = typed("recipes", "show", "my.yaml")
     assert code == 0
@@ -413,7 +400,7 @@ def test_a_hub_id_while_offline_is_refused(refused: Callable[..., str]) -> None:
     assert "nobody/no-such-pairs" in refused("pairs", "nobody/no-such-pairs", "--offline")
 
 
-def test_columns_can_be_named(typed: Type) -> None:
+def test_columns_can_be_named(typed: Typed) -> None:
     Path("pairs.jsonl").write_text('{"question": "2 + 2?", "good": "4", "bad": "5"}\n')
     code, out, err = typed("pairs", "pairs.jsonl", "--map", "prompt=question,chosen=good,rejected=bad", "--json")
     assert code == 0, err
@@ -428,7 +415,7 @@ def test_a_mistyped_mapping_is_refused(mapping: str, said: str, refused: Callabl
     assert said in refused("pairs", "pairs.jsonl", "--map", mapping)
 
 
-def test_several_files_may_follow_one_flag(refused: Callable[..., str], typed: Type) -> None:
+def test_several_files_may_follow_one_flag(refused: Callable[..., str], typed: Typed) -> None:
     Path("a.jsonl").write_text('{"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}\n')
     Path("b.jsonl").write_text('{"prompt": "3 + 3?", "chosen": "6", "rejected": "5"}\n')
     assert typed("pairs", "a.jsonl", "--against", "a.jsonl", "b.jsonl")[0] == 0
@@ -438,7 +425,7 @@ def test_several_files_may_follow_one_flag(refused: Callable[..., str], typed: T
 # --- recipes ---
 
 
-def test_recipes_lists_every_shipped_recipe_with_a_line_each(typed: Type) -> None:
+def test_recipes_lists_every_shipped_recipe_with_a_line_each(typed: Typed) -> None:
     shipped = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
     code, out, _ = typed("recipes")
     assert code == 0
@@ -447,7 +434,7 @@ def test_recipes_lists_every_shipped_recipe_with_a_line_each(typed: Type) -> Non
     assert out == typed("recipes", "list")[1]
 
 
-def test_copy_writes_a_recipe_to_edit_and_never_replaces_a_file(typed: Type, refused: Callable[..., str]) -> None:
+def test_copy_writes_a_recipe_to_edit_and_never_replaces_a_file(typed: Typed, refused: Callable[..., str]) -> None:
     code, out, err = typed("recipes", "copy", "tiny", "mine.yaml")
     assert (code, out, err) == (0, "mine.yaml\n", "next: patarm-lite train mine.yaml\n")
     assert Path("mine.yaml").read_text() == (ROOT / "recipes" / "tiny.yaml").read_text()
@@ -475,7 +462,7 @@ sys.exit(main(["recipes", "copy", "tiny", "mine.yaml"]))
     assert os.listdir() == []
 
 
-def test_the_schema_takes_shipped_recipes_and_refuses_an_unknown_key(typed: Type) -> None:
+def test_the_schema_takes_shipped_recipes_and_refuses_an_unknown_key(typed: Typed) -> None:
     schema = json.loads(typed("recipes", "schema")[1])
     recipe = yaml.load((ROOT / "recipes" / "tiny.yaml").read_text(), Loader=_Loader)  # noqa: S506 (safe; 4e-3 is a number)
     jsonschema.validate(recipe, schema)
@@ -491,7 +478,7 @@ def test_a_reader_that_hangs_up_is_no_error() -> None:
     assert done.stderr == "ended with 1\n"
 
 
-def test_a_bug_keeps_its_traceback_and_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch, typed: Type) -> None:
+def test_a_bug_keeps_its_traceback_and_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch, typed: Typed) -> None:
     from patarm_lite.recipe import Recipe
 
     def broken() -> None:

@@ -7,15 +7,15 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Typed
 from hypothesis import given
 from hypothesis import strategies as st
 
-from patarm_lite.cli import main
 from patarm_lite.errors import UserError
 from patarm_lite.evals.assistant_data import IFEVAL, chosen, load
 from patarm_lite.evals.assistant_stored import score_stored
@@ -39,7 +39,6 @@ from patarm_lite.evals.ifeval import (
 
 pytest.importorskip("lm_eval")
 
-Typed = Callable[..., tuple[int, str, str]]
 SIGN = "1129"
 """The prompt of the vectors that asks for a sign, "!", as for a letter: the official code draws a letter instead."""
 SIGN_AS_DRAWN = {STRICT: True, LOOSE: False}
@@ -55,16 +54,6 @@ def checkers() -> Checkers:
 @pytest.fixture(scope="module")
 def vectors(shared: Path) -> Any:
     return json.loads((shared / "vectors" / "ifeval.json").read_text(encoding="utf-8"))
-
-
-@pytest.fixture
-def typed(capsys: pytest.CaptureFixture[str]) -> Typed:
-    def run(*arguments: object) -> tuple[int, str, str]:
-        code = main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 def item(*instructions: tuple[str, dict[str, Any]], prompt: str = "p", id: str = "1") -> IfevalItem:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Typed
 
-from patarm_lite.cli import main
 from patarm_lite.errors import UserError
 from patarm_lite.evals.assistant_data import INFOBENCH, chosen, load
 from patarm_lite.evals.assistant_stored import score_stored
@@ -27,18 +26,7 @@ from patarm_lite.evals.infobench import (
 )
 from patarm_lite.prompts import prompt_text
 
-Typed = Callable[..., tuple[int, str, str]]
 SAMPLE = Path("data") / "infobench" / "sample_with_gpt4_eval.jsonl"
-
-
-@pytest.fixture
-def typed(capsys: pytest.CaptureFixture[str]) -> Typed:
-    def run(*arguments: object) -> tuple[int, str, str]:
-        code = main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 @pytest.fixture(scope="module")
