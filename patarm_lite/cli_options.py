@@ -18,7 +18,7 @@ Pairs = Annotated[
 Names = Annotated[str, typer.Option("--on", metavar="NAME,...", help="Which; none: all that --data holds.")]
 Data = Annotated[Path | None, typer.Option(metavar="DIR", help="Local files of benchmarks; none: from the hub.")]
 Revision = Annotated[
-    list[str] | None, typer.Option("--revision", metavar="NAME=COMMIT", help="Of a hub data set; none: the newest.")
+    list[str] | None, typer.Option("--revision", metavar="NAME=COMMIT", help="Of a hub data set; else ours or newest.")
 ]
 Count = Annotated[int | None, typer.Option("--n", min=1, help="So many, drawn; none: all.")]
 Votes = Annotated[int, typer.Option("--k", "--votes", min=1, max=1024, help="Votes a response, each its seed.")]

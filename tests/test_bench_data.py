@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,13 @@ def test_what_is_not_on_the_hub_or_can_not_be_fetched_is_said(tmp_path: Path) ->
         load(PANDALM)
     with pytest.raises(UserError, match="offline"):
         load(JUDGEBENCH, offline=True)
+    with pytest.raises(UserError, match=rf"allenai/reward-bench-2 \(revision {REWARDBENCH2.commit}\).* offline"):
+        load(REWARDBENCH2, offline=True)
+    with pytest.raises(UserError, match=r"allenai/reward-bench-2 \(revision 0a1b\).* offline"):
+        load(REWARDBENCH2, revision="0a1b", offline=True)
+    pinned = {name: one.commit for name, one in BENCHMARKS.items() if one.commit != "main"}
+    assert set(pinned) == {"rewardbench", "rewardbench2"}
+    assert all(re.fullmatch("[0-9a-f]{40}", commit) for commit in pinned.values())
     with pytest.raises(UserError, match="not found; give the folder"):
         files_in(tmp_path / "nothing")
 

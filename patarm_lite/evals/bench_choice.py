@@ -45,9 +45,7 @@ def chosen_benchmarks(
             begins = BENCHMARKS[missing[0]].names[0] if missing else "rewardbench, llmbar, ..."
             raise UserError(f"{data} holds no file of {what}: none in it has a name that begins with {begins}")
         found = {name: there[name] for name in names or there}
-    loaded = [
-        load(BENCHMARKS[name], files, revision=at.get(name, "main"), offline=offline) for name, files in found.items()
-    ]
+    loaded = [load(BENCHMARKS[name], files, revision=at.get(name), offline=offline) for name, files in found.items()]
     return loaded if count is None else [part(one, count, seed) for one in loaded]
 
 

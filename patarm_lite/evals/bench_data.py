@@ -4,9 +4,9 @@ A folder of data is searched by name: a file or folder in it belongs to the benc
 (`RM-Bench`, `rmbench.jsonl`, `judgebench/gpt4o.jsonl.gz`; the longest name wins), and a folder brings every data file
 in it.
 
-From the hub a branch is resolved to its commit first, all splits are read at that commit, and every table names it.
-With `--revision NAME=COMMIT` another one is taken. What was read is told apart by the SHA-256 of its items too,
-whatever file they came from.
+From the hub a benchmark is read at `Benchmark.commit`, or at `--revision NAME=COMMIT`; a branch is resolved to its
+commit first, all splits are read at that commit, and every table names it. What was read is told apart by the SHA-256
+of its items too, whatever file they came from.
 
 Nothing here goes through `pairs.load_pairs`: that drops duplicates and empty responses, and an official score counts
 them.
@@ -78,8 +78,13 @@ def benchmark_named(name: str) -> Benchmark:
     return BENCHMARKS[known[folded(name)]]
 
 
-def load(benchmark: Benchmark, files: Sequence[Path] = (), revision: str = "main", offline: bool = False) -> Loaded:
+def load(
+    benchmark: Benchmark, files: Sequence[Path] = (), revision: str | None = None, offline: bool = False
+) -> Loaded:
     """All items of a benchmark, from files, or from the hub where none are given.
+
+    Args:
+        revision: of the hub's data set; None: `benchmark.commit`.
 
     Raises:
         UserError: a file that can't be read or is of another schema (which fields are missing, on which line), the hub
@@ -92,12 +97,12 @@ def load(benchmark: Benchmark, files: Sequence[Path] = (), revision: str = "main
             raise UserError(
                 f"{benchmark.title} is not on the hub; fetch {benchmark.elsewhere} and give its folder with --data DIR"
             )
-        commit = _commit(benchmark, revision, offline)
+        commit = _commit(benchmark, revision or benchmark.commit, offline)
         sources, where = list(benchmark.hub), f"{_repository(benchmark)} at {commit}"
         revision = commit
     items = []
     for source in sources:
-        for row in read_rows(source, revision=revision, offline=offline):
+        for row in read_rows(source, revision=revision or benchmark.commit, offline=offline):
             record = Record(source, row.number, row.value if isinstance(row.value, dict) else {})
             record.need(benchmark.fields, benchmark.title)
             items.append(benchmark.read(record))

@@ -177,6 +177,7 @@ class Benchmark:
         name: as it is typed. `title`: as it is printed.
         hub: data sets on the hub, all of whose rows together are the benchmark (`pairs.files.read_rows` reads them).
         elsewhere: where else its files are, in words.
+        commit: of those data sets, that is read where no other is asked for; `main` where none is known to us.
         names: beginnings of names of its files or folders (letters and digits, lower case).
         fields: that every record must have.
         full: what it is called in full -> number of items in each subset.
@@ -206,6 +207,7 @@ class Benchmark:
     chance: Mapping[str, float] = field(default_factory=dict)
     chance_drawn: tuple[str, ...] = ()
     rule: str = ""
+    commit: str = "main"
 
 
 def earned(right: float | None, wrong: float | None, rule: str) -> float:

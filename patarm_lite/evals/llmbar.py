@@ -136,7 +136,7 @@ LLMBAR = Benchmark(
         f"princeton-nlp/LLMBar@LLMBar:{name}"
         for name in ("Natural", *(f"Adversarial_{subset}" for subset in ("Neighbor", "GPTInst", "GPTOut", "Manual")))
     ),
-    elsewhere="the `Dataset/LLMBar` folder of its repository",
+    elsewhere="the `Dataset/LLMBar` folder of its repository (at commit 900616bf)",
     names=("llmbar",),
     fields=("input", "output_1", "output_2", "label"),
     full={"419 pairs": COUNTS},

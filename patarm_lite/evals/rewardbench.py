@@ -121,6 +121,7 @@ REWARDBENCH = Benchmark(
     name="rewardbench",
     title="RewardBench",
     hub=("allenai/reward-bench:filtered",),
+    commit="168d848cdbbea9764fae4a544dc9ca1e6cca4931",
     elsewhere="a file of its rows, JSON lines or Parquet",
     names=("rewardbench", "rewardbench1"),
     fields=("id", "subset", "prompt", "chosen", "rejected"),

@@ -186,6 +186,7 @@ REWARDBENCH2 = Benchmark(
     name="rewardbench2",
     title="RewardBench 2",
     hub=("allenai/reward-bench-2:test",),
+    commit="7ff08853b0d5686e79b13fda8677024f566a104a",
     elsewhere="a file of its rows, JSON lines or Parquet",
     names=("rewardbench2",),
     fields=("id", "subset", "prompt", "chosen", "rejected", "num_correct"),
