@@ -74,7 +74,10 @@ def benchmark_named(name: str) -> Benchmark:
             f"{name} scores assistant models, not judges; type: patarm-lite bench-model MODEL --on {folded(name)}"
         )
     if folded(name) not in known:
-        raise UserError(f"benchmark {name!r} is not one of {', '.join(BENCHMARKS)}.{nearest(name, BENCHMARKS)}")
+        raise UserError(
+            f"benchmark {name!r} is not one of {', '.join(BENCHMARKS)} "
+            f"(of assistant models: {', '.join(OF_ASSISTANTS)})." + nearest(name, [*BENCHMARKS, *OF_ASSISTANTS])
+        )
     return BENCHMARKS[known[folded(name)]]
 
 
