@@ -103,7 +103,19 @@ def test_disagreements_on_a_benchmark_are_counted_and_shown_with_judgements() ->
     assert "&lt;i&gt;judge 1 of llmbar Natural/1 1&lt;/i&gt;" in page
     assert "<script" not in page and "<i>" not in page and "<b>prompt" not in page
     text = markdown(rendered(found, ["free", "free"]))
-    assert "LLMBar, B against A: 3 of 4 comparisons of a right with a wrong response came out otherwise." in text
+    named = "LLMBar (in part: 4 of 419 items, no Neighbor, GPTInst, GPTOut, Manual)"
+    assert f"{named}, B against A: 3 of 4 comparisons of a right with a wrong response came out otherwise." in text
+    assert f"| {named} | B | 87.5 |" in text and "LLMBar |" not in text
+    assert page.count(f">{named}") == 2 and page.count("LLMBar (in part), n 4") > 0
+    assert not re.search("LLMBar(?! \\(|, Natural)", page)  # nowhere as if it were whole
+
+
+def test_what_there_is_of_a_benchmark_is_said_as_it_was_loaded() -> None:
+    judges = [(name, [(LLMBAR, answers((8, 5)))]) for name in ("A", "B")]
+    foreign = {"llmbar": "not the official items: 1 drawn of others"}
+    text = markdown(rendered(compare_answers(judges, parts=foreign), ["free", "free"]))
+    assert "| LLMBar (not the official items: 1 drawn of others) | A |" in text
+    assert "| LLMBar | A |" in markdown(rendered(compare_answers(judges, parts={"llmbar": None}), ["free", "free"]))
 
 
 def test_the_order_of_right_responses_among_themselves_is_no_disagreement_nor_is_that_of_wrong_ones() -> None:

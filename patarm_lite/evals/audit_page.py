@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from patarm_lite.evals.audit_findings import ORDER, raises_the_score
+from patarm_lite.evals.items import label_of, name_of
 from patarm_lite.evals.plots import Line, Point, legend, rows_of_points
 from patarm_lite.page import (
     FIRST,
@@ -366,7 +367,7 @@ def _figures(found: Mapping[str, Any]) -> str:
         return table(["judge", "accuracy, %", "difference to the first, points", "unreadable"], rows)
     rows = []
     for name in found["judges"][0]["figures"]:
-        rows.append([found["against"][0]["benchmarks"][name]["title"]])
+        rows.append([name_of(found["against"][0]["benchmarks"][name])])
         for place, one in enumerate(found["judges"]):
             change = found["against"][place - 1]["benchmarks"][name] if place else None
             rows.append([one["place"], f"{100 * one['figures'][name]:.1f}", _figure(change, sign=True)])
@@ -402,7 +403,8 @@ def _apart(row: Mapping[str, Any]) -> bool:
 def _against_on_items(one: Mapping[str, Any]) -> list[str]:
     rows: list[list[object]] = []
     for row in one["benchmarks"].values():
-        rows.append([f"{row['title']}: {row['other_order']} of {row['comparisons']} came out otherwise"])
+        moved = f"{row['other_order']} of {row['comparisons']} came out otherwise"
+        rows.append([f"{name_of(row)}: {moved}"])
         for name, two in row["subset"].items():
             cells = two["items"], two["comparisons"], two["other_order"]
             rows.append([name, *cells, f"{two['other_order'] / max(1, two['comparisons']):.0%}"])
@@ -410,7 +412,7 @@ def _against_on_items(one: Mapping[str, Any]) -> list[str]:
     found.append(caption("Comparisons: of a right with a wrong response, or of the two where a label says the better."))
     if plots_work():
         lines = [
-            Line(f"{row['title']} (n {row['n']})", {"difference": _point(row, scale=100)})
+            Line(f"{label_of(row)}, n {row['n']}", {"difference": _point(row, scale=100)})
             for row in one["benchmarks"].values()
         ]
         how = "Official figure of the second less that of the first, 95 % intervals over items."

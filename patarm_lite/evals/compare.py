@@ -20,7 +20,7 @@ import numpy as np
 from patarm_lite import metrics
 from patarm_lite.errors import UserError
 from patarm_lite.evals.audit import earned, scores_of
-from patarm_lite.evals.items import Answer, BenchItem, Benchmark, draws, interval, score
+from patarm_lite.evals.items import Answer, BenchItem, Benchmark, draws, interval, name_of, part_of, score
 from patarm_lite.evals.resampled import figure, ratio, together
 from patarm_lite.records import JudgedPair, Turn, Vote
 
@@ -150,6 +150,7 @@ def compare_answers(
     judges: Sequence[tuple[str, list[tuple[Benchmark, list[Answer]]]]],
     seed: int = 0,
     judgements: Judgements | None = None,
+    parts: Mapping[str, str | None] | None = None,
 ) -> Json:
     """Judges on benchmarks: each benchmark's headline, the difference to the first judge, and where they disagree.
 
@@ -159,6 +160,7 @@ def compare_answers(
 
     Args:
         judgements: where to find the votes; None: there are scores only.
+        parts: what there is of each benchmark, in words, None where it is whole; left out: as `part_of` finds it.
 
     Raises:
         UserError: they did not judge the same items.
@@ -175,7 +177,8 @@ def compare_answers(
                 raise UserError(f"{place} and {first} are not of the same items of {benchmark.title}; run both on them")
             if [x.decisions is None for x in before] != [y.decisions is None for y in after]:
                 raise UserError(f"of {benchmark.title} {place} and {first} hold scores and decisions; give one kind")
-            rows[benchmark.name] = _benchmark(benchmark, before, after, seed)
+            part = part_of(benchmark, [x.item for x in before]) if parts is None else parts[benchmark.name]
+            rows[benchmark.name] = {"part": part, **_benchmark(benchmark, before, after, seed)}
             examples += _items(benchmark, before, after, number, judgements)
         found["against"].append({"a": first, "b": place, "benchmarks": rows, "examples": examples})
     return found
@@ -280,10 +283,12 @@ def _truth(benchmark: Benchmark, item: BenchItem) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """What a folder of `bench` holds: the answers, the SHA-256 of each benchmark's items, and how was decoded."""
+    """What a folder of `bench` holds: the answers, the SHA-256 of each benchmark's items, what there is of each (see
+    `Loaded.part`), and how was decoded."""
 
     answers: list[tuple[Benchmark, list[Answer]]]
     items: Mapping[str, str]
+    parts: Mapping[str, str | None]
     decoding: str
 
 
@@ -299,6 +304,7 @@ def read_bench(folder: Path) -> Finished:
     try:
         known = json.loads((folder / "bench.json").read_text(encoding="utf-8"))
         items = {name: str(one["sha256"]) for name, one in known["benchmarks"].items()}
+        parts = {name: None if one["part"] is None else str(one["part"]) for name, one in known["benchmarks"].items()}
         decoding = str(known["judge"]["decoding"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(
@@ -306,7 +312,7 @@ def read_bench(folder: Path) -> Finished:
         ) from None
     benchmarks = [benchmark_named(name) for name in items]
     answers = [(one, read_answers(one, folder / f"verdicts-{one.name}.jsonl")) for one in benchmarks]
-    return Finished(answers, items, decoding)
+    return Finished(answers, items, parts, decoding)
 
 
 # --- tables ---
@@ -337,12 +343,15 @@ def rendered(found: Json, decoding: Sequence[str]) -> Json:
             "rows": rows,
             "said": said,
         }
+    titles = {name: name_of(row) for name, row in found["against"][0]["benchmarks"].items()}
     rows = []
     for name in found["judges"][0]["figures"]:
         for place, one in enumerate(found["judges"]):
             change = found["against"][place - 1]["benchmarks"][name] if place else None
             moved = f"{change['other_order']} of {change['comparisons']}" if change else ""
-            rows.append([name, one["place"], f"{100 * one['figures'][name]:.1f}", _span(change, sign=True), moved])
+            rows.append(
+                [titles[name], one["place"], f"{100 * one['figures'][name]:.1f}", _span(change, sign=True), moved]
+            )
     points = "difference to the first in points, 95 %"
     header = ["benchmark", "judge", "official in %", points, "comparisons that came out otherwise"]
     said = [sentence for one in found["against"] for sentence in _said_of_items(one)]
@@ -370,7 +379,7 @@ def _said_of_items(one: Mapping[str, Any]) -> list[str]:
         named = ", ".join(f"{subset} {two['other_order']} of {two['comparisons']}" for subset, two in subsets[:SLICES])
         more = f"; most in {named}" if len(subsets) > 1 and row["other_order"] else ""
         found.append(
-            f"{row['title']}, {one['b']} against {one['a']}: {row['other_order']} of {row['comparisons']} comparisons "
+            f"{name_of(row)}, {one['b']} against {one['a']}: {row['other_order']} of {row['comparisons']} comparisons "
             f"of a right with a wrong response came out otherwise{more}."
         )
         found += [_said_of_example(example) for example in one["examples"] if example["benchmark"] == name][:1]

@@ -66,7 +66,8 @@ def compare_on_benchmarks(
         return outcomes[judge].judgements((benchmark, item, place))
 
     answers = [(one.place, [(b.benchmark, one.answers(b, "score")) for b in benchmarks]) for one in outcomes]
-    return rendered(compare_answers(answers, seed, judgements), [one.decoding for one in outcomes])
+    parts = {b.benchmark.name: b.part for b in benchmarks}
+    return rendered(compare_answers(answers, seed, judgements, parts), [one.decoding for one in outcomes])
 
 
 def compare_folders(folders: Sequence[Path], seed: int = 1) -> dict[str, Any]:
@@ -82,4 +83,4 @@ def compare_folders(folders: Sequence[Path], seed: int = 1) -> dict[str, Any]:
                 f"{folder} and {folders[0]} are not of the same items; run bench on the same files for both"
             )
     answers = [(str(folder), one.answers) for folder, one in zip(folders, read, strict=True)]
-    return rendered(compare_answers(answers, seed), [one.decoding for one in read])
+    return rendered(compare_answers(answers, seed, parts=read[0].parts), [one.decoding for one in read])

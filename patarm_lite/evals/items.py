@@ -367,6 +367,20 @@ def part_of(benchmark: Benchmark, items: Sequence[BenchItem]) -> str | None:
     return f"in part: {len(items)} of {total} items{more}"
 
 
+def name_of(known: Mapping[str, Any]) -> str:
+    """A benchmark's name as every table prints it: with what is there in part."""
+    return known["title"] if known["part"] is None else f"{known['title']} ({known['part']})"
+
+
+def label_of(known: Mapping[str, Any]) -> str:
+    """A benchmark's name as plots print it.
+
+    >>> label_of({"title": "LLMBar", "part": None}), label_of({"title": "LLMBar", "part": "in part: 9 of 419 pairs"})
+    ('LLMBar', 'LLMBar (in part)')
+    """
+    return known["title"] if known["part"] is None else f"{known['title']} ({known['part'].partition(':')[0]})"
+
+
 def folded(name: str) -> str:
     """Letters and digits of a name, lower case."""
     return "".join(char for char in name.lower() if char.isalnum())

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from patarm_lite.evals.scoreboard import name_of, percent
+from patarm_lite.evals.items import name_of
+from patarm_lite.evals.scoreboard import percent
 from patarm_lite.page import (
     FIRST,
     MUTED,

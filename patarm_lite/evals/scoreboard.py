@@ -28,6 +28,8 @@ from patarm_lite.evals.items import (
     chance_of,
     draws,
     interval,
+    label_of,
+    name_of,
     score,
     shares,
 )
@@ -144,20 +146,6 @@ def _difference(before: Json, after: Json, drawn: Mapping[str, Mapping[str, Mapp
 
 
 # --- tables ---
-
-
-def name_of(known: Mapping[str, Any]) -> str:
-    """A benchmark's name as every table prints it: with what is there in part."""
-    return known["title"] if known["part"] is None else f"{known['title']} ({known['part']})"
-
-
-def _label(known: Mapping[str, Any]) -> str:
-    """A benchmark's name as plots print it.
-
-    >>> _label({"title": "LLMBar", "part": None}), _label({"title": "LLMBar", "part": "in part: 9 of 419 pairs"})
-    ('LLMBar', 'LLMBar (in part)')
-    """
-    return known["title"] if known["part"] is None else f"{known['title']} ({known['part'].partition(':')[0]})"
 
 
 def _sides(found: Json) -> list[tuple[str, Json]]:
@@ -352,7 +340,7 @@ def _summary_table(found: Json) -> str:
 def _overview(found: Json) -> str:
     lines = []
     for name, known in found["benchmarks"].items():
-        lines.append(_line(found, name, known["headline"], _label(known)))
+        lines.append(_line(found, name, known["headline"], label_of(known)))
     return _plotted("Headline figures", "Points with their 95 % intervals; each benchmark by its own rule.", lines)
 
 
@@ -360,7 +348,7 @@ def _rows_plot(found: Json, name: str) -> str:
     known = found["benchmarks"][name]
     rows = _sides(found)[-1][1]["benchmarks"][name]["rows"]
     lines = [_line(found, name, row, row) for row in rows]
-    return _plotted(f"{_label(known)}, row by row", "Official figures with their 95 % intervals.", lines)
+    return _plotted(f"{label_of(known)}, row by row", "Official figures with their 95 % intervals.", lines)
 
 
 def _detail_table(found: Json, name: str) -> str:
@@ -423,7 +411,7 @@ def _tie_rules(found: Json) -> str:
                     "a tie is wrong, half, right": Point(100 * half, 100 * wrong, 100 * right),
                     "official rule": Point(100 * head["value"]),
                 }
-                lines.append(Line(f"{_label(known)}{f', {side}' if several else ''}", points))
+                lines.append(Line(f"{label_of(known)}{f', {side}' if several else ''}", points))
     how = (
         "The bar goes from the figure in which a tie is wrong to the one in which it is right; at its dot a tie earns "
         "half. A long bar means that the rule decides more than the judge. The square is the benchmark's own rule."
