@@ -1,6 +1,6 @@
 """PAR taken apart on the arena: one change at a time, from the same cold-started judge, over seeds.
 
-    python benchmarks/ablation.py                                  # every arm, seeds 1 2 3: about N_HOURS hours of CPU
+    python benchmarks/ablation.py                                  # every arm, seeds 1 2 3: about 4 CPU hours
     python benchmarks/ablation.py --seeds 1 --arms base constant   # some
     python benchmarks/ablation.py --show                           # tables and page from what is finished
 
@@ -52,8 +52,10 @@ from patarm_lite.page import (
     escape,
     plot,
     section,
+    stacked,
     table,
 )
+from patarm_lite.recipe import load_recipe
 from patarm_lite.training.run_folder import read_lines
 
 RECIPE = Path(__file__).with_name("ablation.yaml")
@@ -249,6 +251,48 @@ def says(over_prompts: Mapping[str, float], by_seed: Mapping[int, float], low: f
     return "not shown"
 
 
+# --- in words ---
+
+SETTINGS = (
+    (FORM, "grpo.form"), (OTHER, "grpo.other_side"), (FINDINGS, "grpo.findings"), (RUBRIC, "grpo.writes"),
+    (SAME_PAIRS, "grpo.n"), (SAME_ROLLOUTS, "grpo.n"),
+)  # fmt: skip
+"""Questions that are about a setting of recipes."""
+TAKEN = ("setting", "in the recipes", "instead", "says")
+WEIGHED = {
+    "holds": "Holds (the interval over training runs excludes zero)",
+    "likely": "Likely (all seeds agree, and the interval over prompts excludes zero)",
+    "not shown": "Not shown (which is not: equal)",
+}
+
+
+def conclusions(found: Json) -> list[str]:
+    """What holds, what is likely and what is not shown: a sentence each."""
+    rows = [row for row in found["rows"] if row["difference"] is not None]
+    said = []
+    for begins, words in WEIGHED.items():
+        named = [_moved(row) for row in rows if row["difference"]["says"].startswith(begins)]
+        said.append(f"{words}: {'; '.join(named) or 'nothing'}.")
+    return said
+
+
+def _moved(row: Json) -> str:
+    return f"{row['question']}, {row['words']} {100 * row['difference']['value']:+.1f}"
+
+
+def taken(found: Json) -> list[list[str]]:
+    """Each setting with what the recipes have, and what every other value got instead."""
+    recipe = load_recipe("tiny")
+    rows = []
+    for row in found["rows"]:
+        for question, key in SETTINGS:
+            if row["question"] == question and row["difference"] is not None:
+                value = getattr(recipe.grpo, key.partition(".")[2])
+                words = f"{row['words']} ({100 * row['difference']['value']:+.1f} points)"
+                rows.append([key, str(value), words, row["difference"]["says"]])
+    return rows
+
+
 # --- tables ---
 
 COMPARED = ("question", "arm", "accuracy", "difference, over prompts", "over seeds", "by seed", "says")
@@ -313,12 +357,12 @@ def notes(found: Json) -> list[str]:
 
 
 def markdown(found: Json) -> str:
-    grids = [(COMPARED, compared(found)), (BESIDE, beside(found))]
+    grids = [(COMPARED, compared(found)), (BESIDE, beside(found)), (TAKEN, taken(found))]
     lines = []
     for header, rows in grids:
         lines += ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
         lines += [*("| " + " | ".join(row) + " |" for row in rows), ""]
-    return "\n".join([*lines, *(f"- {note}" for note in notes(found)), ""])
+    return "\n".join([*lines, *(f"- {note}" for note in (*conclusions(found), *notes(found))), ""])
 
 
 # --- plots ---
@@ -457,7 +501,7 @@ def _learning(axes: Any, lines: Sequence[tuple[str, NDArray[np.float64], NDArray
         axes.plot(steps, curve, color=colour, linestyle=dash, label=label)
     axes.set_xlabel("GRPO step")
     axes.set_ylabel("pairs won")
-    axes.legend(frameon=False, fontsize=7, loc="lower right", labelcolor=INK)
+    axes.legend(frameon=False, fontsize=7, loc="best", labelcolor=INK)
 
 
 def picture(made: Sequence[Panel]) -> str:
@@ -492,6 +536,34 @@ def picture(made: Sequence[Panel]) -> str:
     return text
 
 
+KEPT = (
+    "A recipe changes where another value is shown to be better over training runs; none was tuned with more steps or "
+    "another learning rate than the reference has."
+)
+
+
+def _grouped(found: Json, rows: Sequence[Sequence[object]]) -> list[Sequence[object]]:
+    """Rows of arms under a heading a question."""
+    grouped: list[Sequence[object]] = []
+    question = ""
+    for row, cells in zip(found["rows"], rows, strict=True):
+        if row["question"] != question:
+            question = row["question"]
+            grouped.append([question])
+        grouped.append(cells)
+    return grouped
+
+
+def _stacked(found: Json) -> list[list[object]]:
+    """The rows of `compared` without their question, intervals under their figures."""
+    rows: list[list[object]] = []
+    for _, words, *cells in compared(found):
+        halves = [cell.partition(" [") for cell in cells[:2]]
+        figures = [stacked(value, between.rstrip("]")) if between else value for value, _, between in halves]
+        rows.append([words, *figures, *cells[2:]])
+    return rows
+
+
 def page(found: Json, made: Sequence[Panel]) -> str:
     """One HTML page that opens offline."""
     charts = [
@@ -505,8 +577,11 @@ def page(found: Json, made: Sequence[Panel]) -> str:
             f"<header><h1>PAR taken apart</h1><p class=facts>{escape(facts)}</p></header>",
             *charts[:1],
             f"<div class=charts>{''.join(charts[1:])}</div>",
-            section("Every arm", table(COMPARED, compared(found), 2)),
-            section("What stands beside", table(BESIDE, beside(found), 2) + "".join(map(caption, notes(found)))),
+            section("What holds, and what does not", "".join(map(caption, conclusions(found)))),
+            section("What the recipes take from it", table(TAKEN, taken(found), 3) + caption(KEPT)),
+            section("Every arm", table(COMPARED[1:], _grouped(found, _stacked(found)))),
+            section("What stands beside", table(BESIDE[1:], _grouped(found, [row[1:] for row in beside(found)]))),
+            section("How to read this", "".join(map(caption, notes(found)))),
         ],
     )
 

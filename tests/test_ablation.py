@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from patarm_lite.metrics import row_to_pair
-from patarm_lite.recipe import load_recipe
+from patarm_lite.recipe import load_recipe, shipped_recipes
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -53,7 +53,7 @@ def test_every_arm_begins_from_the_cold_start_of_its_seed(ablation: Any) -> None
     assert len({(recipe.model.model_dump_json(), recipe.sft.model_dump_json()) for recipe in made}) == 1
 
 
-def test_the_questions_of_the_issue_all_have_arms(ablation: Any) -> None:
+def test_every_question_has_arms(ablation: Any) -> None:
     arms = ablation.BY_NAME
     assert {"constant", "auc", "bradley_terry", "saturating", "expected", "shared", "no_rubric"} <= arms.keys()
     assert {"scalar", "rejection", "noise10", "noise20", "noise30", "pairs32", "n2", "n4"} <= arms.keys()
@@ -90,7 +90,25 @@ def test_an_arm_is_compared_with_its_reference_on_the_same_pairs(runs: Path, abl
     written = dict(ablation.files(found))
     assert set(written) == {"ablation.json", "ablation.md", "ablation.svg", "ablation.html"}
     assert "| form of PAR | constant |" in written["ablation.md"]
-    assert written["ablation.html"].count("<tr>") == 8 and "<script" not in written["ablation.html"]
+    page = written["ablation.html"]
+    said = "Holds (the interval over training runs excludes zero): form of PAR, constant +50.0; share for findings, 0: "
+    for text in (written["ablation.md"], page):
+        assert f"{said}plain PAR -50.0." in text
+        assert "Not shown (which is not: equal): nothing." in text
+    assert "| grpo.form | graded | constant (+50.0 points) | holds: better |" in written["ablation.md"]
+    assert "<td>constant (+50.0 points)</td><td class=num>holds: better</td>" in page
+    assert "<td class=num>+0.500<br><small>+0.500, +0.500</small></td>" in page
+    assert page.count("<tr class=group><th colspan=6>form of PAR</th></tr>") == 1 and "<script" not in page
+
+
+def test_what_the_page_says_of_the_recipes_is_true_of_all_of_them(ablation: Any) -> None:
+    """Of all but `smoke`, which only shows that everything runs."""
+    names = shipped_recipes().keys() - {"smoke"}
+    recipes = [load_recipe(name) for name in names]
+    assert len(recipes) > 5
+    for _, key in ablation.SETTINGS:
+        name = key.partition(".")[2]
+        assert len({getattr(recipe.grpo, name) for recipe in recipes}) == 1, key
 
 
 def test_runs_on_other_held_out_pairs_are_not_compared(runs: Path, ablation: Any) -> None:
