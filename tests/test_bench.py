@@ -133,6 +133,23 @@ def test_responses_without_an_expected_score_are_counted_under_the_figures(finis
     assert f"{said} (little probability on scores): 25.0% of LLMBar." in markdown(found)
 
 
+def test_an_interval_of_no_width_is_explained(finished: tuple[Path, Path]) -> None:
+    from patarm_lite.evals.scoreboard import markdown
+
+    found = scored(finished[0])
+    rows = [
+        row
+        for side in ("before", "judge")
+        for one in found[side]["benchmarks"].values()
+        for row in one["rows"].values()
+    ]
+    for row in rows:
+        row |= {"low": 0.1, "high": 0.9}
+    assert "of no width" not in markdown(found)
+    rows[0]["low"] = rows[0]["high"] = 0.5
+    assert "- An interval of no width says that all items of the row came out alike" in markdown(found)
+
+
 def test_benchmarks_share_the_verdicts_on_equal_responses(finished: tuple[Path, Path]) -> None:
     out, store = finished
     rows = {name: (out / f"verdicts-{name}.jsonl").read_text().splitlines() for name in ("llmbar", "rewardbench")}

@@ -35,6 +35,7 @@ import numpy as np
 from patarm_lite import metrics
 from patarm_lite.calibration import FEWEST, Calibration, check, fit, side_score
 from patarm_lite.evals.resampled import (
+    SHARE,
     Sample,
     figure,
     partial_products,
@@ -105,7 +106,9 @@ def distribution(judged: Sequence[JudgedPair], seed: int = 0) -> Json:
     found: Json = {
         "counts": {score: counts[score] for score in SCORES},
         "judgements": total,
-        "ties": figure(_prompts(judged), [[sum(t) for t in ties], [len(t) for t in ties]], ratio, len(judged), seed),
+        "ties": figure(
+            _prompts(judged), [[sum(t) for t in ties], [len(t) for t in ties]], ratio, len(judged), seed, SHARE
+        ),
         "commonest": None,
         "share": None,
         "top": None,
@@ -117,7 +120,7 @@ def distribution(judged: Sequence[JudgedPair], seed: int = 0) -> Json:
         def share(score: int) -> Json | None:
             given = [[v.verdict.score for v in (*j.chosen, *j.rejected) if v.verdict.score is not None] for j in judged]
             columns = [[row.count(score) for row in given], [len(row) for row in given]]
-            return figure(_prompts(judged), columns, ratio, total, seed)
+            return figure(_prompts(judged), columns, ratio, total, seed, SHARE)
 
         entropy = -sum(n / total * math.log2(n / total) for n in counts.values())
         found |= {"commonest": commonest, "share": share(commonest), "top": share(10), "effective": 2.0**entropy}
@@ -210,7 +213,8 @@ def leaning(judged: Sequence[JudgedPair], name: str, feature: Callable[[str], fl
     ones, fewer = np.ones(len(right)), 1 - more
 
     def of(columns: list[Any], statistic: Any, n: float) -> Json | None:
-        return figure(pairs.prompts, columns, statistic, int(n), seed)
+        bounds = SHARE if statistic is ratio else None
+        return figure(pairs.prompts, columns, statistic, int(n), seed, bounds)
 
     columns = [right * more, more, right * fewer, fewer]
     return {
@@ -260,7 +264,7 @@ def reliability(judged: Sequence[JudgedPair], own: Calibration | None = None, se
         inside = [(g, p, gap) for g, p, gap in rows if gap and low <= p and (p < high or high == EDGES[-1])]
         if inside:
             won = np.array([float(gap > 0) for *_, gap in inside])
-            right = figure([group for group, _, _ in inside], [won, np.ones(len(won))], ratio, len(won), seed)
+            right = figure([group for group, _, _ in inside], [won, np.ones(len(won))], ratio, len(won), seed, SHARE)
             bins.append({"from": low, "to": high, "said": float(np.mean([p for _, p, _ in inside])), "right": right})
     whole = fit(gaps, np.ones(len(gaps)), gaps)
     return {
@@ -306,7 +310,9 @@ def repeatability(judged: Sequence[JudgedPair], seed: int = 0) -> Json | None:
         "responses": len(variances),
         "spread": math.sqrt(sum(variances) / len(variances)) if variances else None,
         "one_vote": _icc(whole),
-        "flips": figure(_prompts(judged), [[a for a, _ in flips], [b for _, b in flips]], ratio, len(judged), seed),
+        "flips": figure(
+            _prompts(judged), [[a for a, _ in flips], [b for _, b in flips]], ratio, len(judged), seed, SHARE
+        ),
         "accuracy": alone,
         "accuracy_spread": float(np.std(alone, ddof=1)),
     }
@@ -364,8 +370,8 @@ def transitivity(judged: Sequence[JudgedPair], seed: int = 0) -> Json:
         "n": len(triples),
         "of": made,
         "prompts": len(set(groups)),
-        "circles": figure(groups, [circles, ones], ratio, len(triples), seed),
-        "majority": figure(groups, [majority, ones], ratio, len(triples), seed),
+        "circles": figure(groups, [circles, ones], ratio, len(triples), seed, SHARE),
+        "majority": figure(groups, [majority, ones], ratio, len(triples), seed, SHARE),
         "labelled": labelled,
         "labels": circular / labelled if labelled else None,
     }
@@ -577,7 +583,7 @@ def suspects(judged: Sequence[JudgedPair], seed: int = 0) -> Json:
     def accuracy(wrong: Sequence[int]) -> Json | None:
         won = np.array(earned(scores))
         won[list(wrong)] = 1 - won[list(wrong)]
-        return figure(prompts, [won, ones], ratio, len(judged), seed)
+        return figure(prompts, [won, ones], ratio, len(judged), seed, SHARE)
 
     places = [place for *_, place in rows]
     return {
@@ -632,7 +638,7 @@ def measures(judged: Sequence[JudgedPair], own: Calibration | None = None, seed:
         "votes": metrics.votes(judged),
         "truth": all(f"{side}_quality" in j.pair.meta for j in judged for side in SIDES),
         "summary": metrics.summarise(judged, seed),
-        "accuracy": figure(_prompts(judged), [earned(scores), np.ones(len(scores))], ratio, len(scores), seed),
+        "accuracy": figure(_prompts(judged), [earned(scores), np.ones(len(scores))], ratio, len(scores), seed, SHARE),
         "longer_wins": metrics.longer_wins([j.pair for j in judged])["words"],
         "distribution": distribution(judged, seed),
         "leaning": leanings(judged, seed),

@@ -4,6 +4,9 @@ A figure is a function of column totals; its interval draws prompts anew (the pa
 are not independent) and takes the same function of each draw's totals. Ranks are those of the whole sample in every
 draw: they are not taken anew, which moves an interval little and makes it cheap.
 
+Where every prompt says the same, drawing them anew moves nothing, and twenty right ones of twenty would look like
+certainty. The interval of a share then goes as far as the prompts that were not drawn may reach (`figure`, `bounds`).
+
 Where several figures are looked at to see whether any of them is off (`together`), their intervals are wider, so that
 all of them hold at once in 95 of 100 samples: of twenty ordinary intervals one excludes the truth by chance.
 """
@@ -22,6 +25,9 @@ Statistic = Callable[[Sequence[Floats]], Floats]
 """Column totals, [D] each, -> the figure of each draw, [D]; nan where it is not defined."""
 Sample = tuple[Sequence[Hashable], Sequence[float]]
 """What is drawn together, and a value of each, [N] both."""
+SHARE, CHANGE = (0.0, 1.0), (-1.0, 1.0)
+"""Bounds of a share, and of a difference of two."""
+SAME = 1e-12
 ALARM = 0.05
 """How often one of several intervals of `together` excludes the truth, where nothing is to be found."""
 LEAST_GROUPS = 10
@@ -29,15 +35,26 @@ LEAST_GROUPS = 10
 
 
 def figure(
-    groups: Sequence[Hashable], columns: Sequence[Sequence[float] | Floats], statistic: Statistic, n: int, seed: int = 0
+    groups: Sequence[Hashable],
+    columns: Sequence[Sequence[float] | Floats],
+    statistic: Statistic,
+    n: int,
+    seed: int = 0,
+    bounds: tuple[float, float] | None = None,
 ) -> dict[str, Any] | None:
     """`value` with `low`, `high` and `n` as plain JSON values; None where the value is not defined.
 
     Args:
         groups: [N] what is drawn together. columns: values, [N] each. n: what the figure counts, e.g. pairs.
+        bounds: between which the statistic of any group lies (`SHARE`, `CHANGE`). Where all G groups say the same, up
+            to 1 - 0.025^(1/G) of those not drawn may say otherwise (Clopper and Pearson's bound for none of G), and
+            the interval reaches as far as they could move the value.
 
     >>> figure(["a", "b"], [[1, 1], [1, 1]], ratio, n=2)
     {'value': 1.0, 'low': 1.0, 'high': 1.0, 'n': 2}
+    >>> found = figure(range(20), [[1] * 20, [1] * 20], ratio, n=20, bounds=SHARE)
+    >>> found["value"], round(found["low"], 3), found["high"]
+    (1.0, 0.832, 1.0)
     """
     names: dict[Hashable, int] = {}
     place = np.array([names.setdefault(group, len(names)) for group in groups], dtype=int)
@@ -55,7 +72,11 @@ def figure(
             drawn = rng.multinomial(len(names), [1 / len(names)] * len(names), size=min(block, DRAWS - start))
             found.append(statistic(list((drawn @ sums).T)))
     draws = np.concatenate(found)
-    low, high = np.percentile(draws[np.isfinite(draws)], INTERVAL)
+    draws = draws[np.isfinite(draws)]
+    low, high = np.percentile(draws, INTERVAL)
+    if bounds is not None and np.ptp(draws) < SAME:
+        others = 1 - (INTERVAL[0] / 100) ** (1 / np.count_nonzero(sums[:, -1]))
+        low, high = value - others * (value - bounds[0]), value + others * (bounds[1] - value)
     return {"value": value, "low": float(low), "high": float(high), "n": n}
 
 

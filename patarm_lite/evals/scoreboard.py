@@ -257,6 +257,12 @@ def _notes(found: Json) -> list[str]:
         "Tie wrong, half, right: the same figure under one rule for all, where an unreadable response earns nothing. "
         "Intervals resample items within each subset."
     )
+    rows = [row for _, side in _sides(found) for one in side["benchmarks"].values() for row in one["rows"].values()]
+    if any(row["low"] == row["high"] for row in rows):
+        notes.append(
+            "An interval of no width says that all items of the row came out alike, and not that others would: after "
+            "n such items up to 52 % (n 5), 17 % (n 20) or 4 % (n 100) of all may come out otherwise."
+        )
     if any(known["part"] for known in found["benchmarks"].values()):
         notes.append("A benchmark in part is not comparable with published figures of the whole.")
     return notes
