@@ -29,6 +29,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -253,11 +255,15 @@ def says(over_prompts: Mapping[str, float], by_seed: Mapping[int, float], low: f
 
 # --- in words ---
 
-SETTINGS = (
-    (FORM, "grpo.form"), (OTHER, "grpo.other_side"), (FINDINGS, "grpo.findings"), (RUBRIC, "grpo.writes"),
-    (SAME_PAIRS, "grpo.n"), (SAME_ROLLOUTS, "grpo.n"),
-)  # fmt: skip
-"""Questions that are about a setting of recipes."""
+SETTINGS = {
+    FORM: "form",
+    OTHER: "other_side",
+    FINDINGS: "findings",
+    RUBRIC: "writes",
+    SAME_PAIRS: "n",
+    SAME_ROLLOUTS: "n",
+}
+"""Questions that are about a setting of recipes -> its key in their section `grpo`."""
 TAKEN = ("setting", "in the recipes", "instead", "says")
 WEIGHED = {
     "holds": "Holds (the interval over training runs excludes zero)",
@@ -277,7 +283,11 @@ def conclusions(found: Json) -> list[str]:
 
 
 def _moved(row: Json) -> str:
-    return f"{row['question']}, {row['words']} {100 * row['difference']['value']:+.1f}"
+    return f"{row['question']}, {row['words']} {_points(row)}"
+
+
+def _points(row: Json) -> str:
+    return f"{100 * row['difference']['value']:+.1f}"
 
 
 def taken(found: Json) -> list[list[str]]:
@@ -285,11 +295,10 @@ def taken(found: Json) -> list[list[str]]:
     recipe = load_recipe("tiny")
     rows = []
     for row in found["rows"]:
-        for question, key in SETTINGS:
-            if row["question"] == question and row["difference"] is not None:
-                value = getattr(recipe.grpo, key.partition(".")[2])
-                words = f"{row['words']} ({100 * row['difference']['value']:+.1f} points)"
-                rows.append([key, str(value), words, row["difference"]["says"]])
+        key = SETTINGS.get(row["question"])
+        if key is not None and row["difference"] is not None:
+            words = f"{row['words']} ({_points(row)} points)"
+            rows.append([f"grpo.{key}", str(getattr(recipe.grpo, key)), words, row["difference"]["says"]])
     return rows
 
 
@@ -302,16 +311,16 @@ BESIDE = (
 )  # fmt: skip
 
 
-def compared(found: Json) -> list[list[str]]:
-    """One row an arm: its accuracy, and the difference to its reference."""
+def compared(found: Json, put: Callable[[str, str], str] = "{} [{}]".format) -> list[list[str]]:
+    """One row an arm: its accuracy, and the difference to its reference; `put` sets an interval to its figure."""
     rows = []
     for row in found["rows"]:
         one, change = row["accuracy"], row["difference"]
-        cells = [row["question"], row["words"], f"{one['value']:.3f} [{one['low']:.3f}, {one['high']:.3f}]"]
+        cells = [row["question"], row["words"], put(f"{one['value']:.3f}", f"{one['low']:.3f}, {one['high']:.3f}")]
         if change is None:
             rows.append([*cells, "", "", "", "the reference" if row["arm"] == "base" else "no reference yet"])
             continue
-        cells.append(f"{change['value']:+.3f} [{change['low']:+.3f}, {change['high']:+.3f}]")
+        cells.append(put(f"{change['value']:+.3f}", f"{change['low']:+.3f}, {change['high']:+.3f}"))
         over = (change["seeds_low"], change["seeds_high"])
         cells.append("one seed" if over[0] is None else f"[{over[0]:+.3f}, {over[1]:+.3f}]")
         cells.append(", ".join(f"{value:+.3f}" for value in change["by_seed"].values()))
@@ -390,9 +399,7 @@ def panels(found: Json) -> list[Panel]:
     made = []
     if shown:
         said = "; ".join(
-            f"{row['question']}, {row['words']}: {100 * row['difference']['value']:+.1f} points, "
-            f"{row['difference']['says']}"
-            for row in shown
+            f"{row['question']}, {row['words']}: {_points(row)} points, {row['difference']['says']}" for row in shown
         )
         words = (
             "Accuracy of one judgement minus that of the reference, points. Thick: 95 % over prompts; thin: over seeds "
@@ -542,26 +549,13 @@ KEPT = (
 )
 
 
-def _grouped(found: Json, rows: Sequence[Sequence[object]]) -> list[Sequence[object]]:
-    """Rows of arms under a heading a question."""
-    grouped: list[Sequence[object]] = []
-    question = ""
-    for row, cells in zip(found["rows"], rows, strict=True):
-        if row["question"] != question:
-            question = row["question"]
-            grouped.append([question])
-        grouped.append(cells)
+def _grouped(rows: Sequence[Sequence[str]]) -> list[Sequence[str]]:
+    """Rows that begin with their question, under a heading a question."""
+    grouped: list[Sequence[str]] = []
+    for question, same in groupby(rows, key=itemgetter(0)):
+        grouped += [[question]] if question else []
+        grouped += [cells for _, *cells in same]
     return grouped
-
-
-def _stacked(found: Json) -> list[list[object]]:
-    """The rows of `compared` without their question, intervals under their figures."""
-    rows: list[list[object]] = []
-    for _, words, *cells in compared(found):
-        halves = [cell.partition(" [") for cell in cells[:2]]
-        figures = [stacked(value, between.rstrip("]")) if between else value for value, _, between in halves]
-        rows.append([words, *figures, *cells[2:]])
-    return rows
 
 
 def page(found: Json, made: Sequence[Panel]) -> str:
@@ -579,8 +573,8 @@ def page(found: Json, made: Sequence[Panel]) -> str:
             f"<div class=charts>{''.join(charts[1:])}</div>",
             section("What holds, and what does not", "".join(map(caption, conclusions(found)))),
             section("What the recipes take from it", table(TAKEN, taken(found), 3) + caption(KEPT)),
-            section("Every arm", table(COMPARED[1:], _grouped(found, _stacked(found)))),
-            section("What stands beside", table(BESIDE[1:], _grouped(found, [row[1:] for row in beside(found)]))),
+            section("Every arm", table(COMPARED[1:], _grouped(compared(found, stacked)))),
+            section("What stands beside", table(BESIDE[1:], _grouped(beside(found)))),
             section("How to read this", "".join(map(caption, notes(found)))),
         ],
     )

@@ -61,6 +61,17 @@ def test_a_judge_that_scores_by_length_is_said_to() -> None:
     assert severity(judged, "length (words)") == "problem"
 
 
+def test_what_all_prompts_agree_in_is_not_certain() -> None:
+    judged = [JudgedPair(p, (vote(9),), (vote(1),)) for p in arena.heldout_pairs(60, seed=1)]
+    whole = audit.measures(judged)["accuracy"]
+    others = 1 - 0.025 ** (1 / len({p.pair.prompt for p in judged}))
+    assert (whole["value"], whole["high"]) == (1.0, 1.0) and whole["low"] == pytest.approx(1 - others)
+    excess = audit.leaning(judged, "words", audit.FEATURES["words"])[
+        "excess"
+    ]  # a difference: it may fall on either side
+    assert excess["value"] == 0.0 and excess["low"] == pytest.approx(-excess["high"]) and excess["high"] > 0.03
+
+
 def test_a_judge_that_only_breaks_near_ties_by_length_is_warned_of() -> None:
     """The order of good and bad never changes, but of equally good responses the longer one scores higher."""
     judged = []

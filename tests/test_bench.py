@@ -75,6 +75,7 @@ def test_every_benchmark_gets_its_official_score_with_what_stands_beside_it(fini
             one = found[side]["benchmarks"][name]
             head = one["rows"][known["headline"]]
             assert head["low"] <= head["value"] <= head["high"]
+            assert head["chance"] == (0.0 if name == "pandalm" else 0.25 if name == "rewardbench2" else 0.5)
             assert set(one["rules"]) == {"lose", "half", "win"}
             if one["rules"]["lose"] is not None:  # people call all these pairs of PandaLM ties
                 assert one["rules"]["lose"] <= one["rules"]["half"] <= one["rules"]["win"]

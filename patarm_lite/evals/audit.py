@@ -35,13 +35,14 @@ import numpy as np
 from patarm_lite import metrics
 from patarm_lite.calibration import FEWEST, Calibration, check, fit, side_score
 from patarm_lite.evals.resampled import (
-    SHARE,
+    CHANGE,
     Sample,
     figure,
     partial_products,
     rank_correlation,
     ratio,
     ratio_difference,
+    share_of,
     together,
 )
 from patarm_lite.metrics import CELLS, DRAWS, INTERVAL, SIDES, Floats
@@ -106,9 +107,7 @@ def distribution(judged: Sequence[JudgedPair], seed: int = 0) -> Json:
     found: Json = {
         "counts": {score: counts[score] for score in SCORES},
         "judgements": total,
-        "ties": figure(
-            _prompts(judged), [[sum(t) for t in ties], [len(t) for t in ties]], ratio, len(judged), seed, SHARE
-        ),
+        "ties": share_of(_prompts(judged), [sum(t) for t in ties], [len(t) for t in ties], len(judged), seed),
         "commonest": None,
         "share": None,
         "top": None,
@@ -119,8 +118,8 @@ def distribution(judged: Sequence[JudgedPair], seed: int = 0) -> Json:
 
         def share(score: int) -> Json | None:
             given = [[v.verdict.score for v in (*j.chosen, *j.rejected) if v.verdict.score is not None] for j in judged]
-            columns = [[row.count(score) for row in given], [len(row) for row in given]]
-            return figure(_prompts(judged), columns, ratio, total, seed, SHARE)
+            counted, all_given = [row.count(score) for row in given], [len(row) for row in given]
+            return share_of(_prompts(judged), counted, all_given, total, seed)
 
         entropy = -sum(n / total * math.log2(n / total) for n in counts.values())
         found |= {"commonest": commonest, "share": share(commonest), "top": share(10), "effective": 2.0**entropy}
@@ -210,24 +209,19 @@ def leaning(judged: Sequence[JudgedPair], name: str, feature: Callable[[str], fl
     known = bool(quality) and all(isinstance(q, int | float) for q in quality)
     pairs = _differing(judged, feature)
     right, more, follows = np.array(pairs.won), np.array(pairs.more), np.array(pairs.follows)
-    ones, fewer = np.ones(len(right)), 1 - more
-
-    def of(columns: list[Any], statistic: Any, n: float) -> Json | None:
-        bounds = SHARE if statistic is ratio else None
-        return figure(pairs.prompts, columns, statistic, int(n), seed, bounds)
-
-    columns = [right * more, more, right * fewer, fewer]
+    n, ones, fewer = len(right), np.ones(len(right)), 1 - more
+    sides = [right * more, more, right * fewer, fewer]
     return {
         "feature": name,
-        "n": len(right),
+        "n": n,
         "correlation": rank_correlation(groups, values, amounts, seed=seed),
         "partial": rank_correlation(groups, values, amounts, quality, seed) if known else None,
-        "more": of(columns[:2], ratio, more.sum()),
-        "fewer": of(columns[2:], ratio, fewer.sum()),
-        "difference": of(columns, ratio_difference, len(right)),
-        "follows": of([follows, ones], ratio, len(right)),
-        "labels": of([more, ones], ratio, len(right)),
-        "excess": of([follows - more, ones], ratio, len(right)),
+        "more": share_of(pairs.prompts, right * more, more, int(more.sum()), seed),
+        "fewer": share_of(pairs.prompts, right * fewer, fewer, int(fewer.sum()), seed),
+        "difference": figure(pairs.prompts, sides, ratio_difference, n, seed),
+        "follows": share_of(pairs.prompts, follows, ones, n, seed),
+        "labels": share_of(pairs.prompts, more, ones, n, seed),
+        "excess": figure(pairs.prompts, [follows - more, ones], ratio, n, seed, CHANGE),
     }
 
 
@@ -264,7 +258,7 @@ def reliability(judged: Sequence[JudgedPair], own: Calibration | None = None, se
         inside = [(g, p, gap) for g, p, gap in rows if gap and low <= p and (p < high or high == EDGES[-1])]
         if inside:
             won = np.array([float(gap > 0) for *_, gap in inside])
-            right = figure([group for group, _, _ in inside], [won, np.ones(len(won))], ratio, len(won), seed, SHARE)
+            right = share_of([group for group, _, _ in inside], won, np.ones(len(won)), len(won), seed)
             bins.append({"from": low, "to": high, "said": float(np.mean([p for _, p, _ in inside])), "right": right})
     whole = fit(gaps, np.ones(len(gaps)), gaps)
     return {
@@ -310,9 +304,7 @@ def repeatability(judged: Sequence[JudgedPair], seed: int = 0) -> Json | None:
         "responses": len(variances),
         "spread": math.sqrt(sum(variances) / len(variances)) if variances else None,
         "one_vote": _icc(whole),
-        "flips": figure(
-            _prompts(judged), [[a for a, _ in flips], [b for _, b in flips]], ratio, len(judged), seed, SHARE
-        ),
+        "flips": share_of(_prompts(judged), [a for a, _ in flips], [b for _, b in flips], len(judged), seed),
         "accuracy": alone,
         "accuracy_spread": float(np.std(alone, ddof=1)),
     }
@@ -370,8 +362,8 @@ def transitivity(judged: Sequence[JudgedPair], seed: int = 0) -> Json:
         "n": len(triples),
         "of": made,
         "prompts": len(set(groups)),
-        "circles": figure(groups, [circles, ones], ratio, len(triples), seed, SHARE),
-        "majority": figure(groups, [majority, ones], ratio, len(triples), seed, SHARE),
+        "circles": share_of(groups, circles, ones, len(triples), seed),
+        "majority": share_of(groups, majority, ones, len(triples), seed),
         "labelled": labelled,
         "labels": circular / labelled if labelled else None,
     }
@@ -583,7 +575,7 @@ def suspects(judged: Sequence[JudgedPair], seed: int = 0) -> Json:
     def accuracy(wrong: Sequence[int]) -> Json | None:
         won = np.array(earned(scores))
         won[list(wrong)] = 1 - won[list(wrong)]
-        return figure(prompts, [won, ones], ratio, len(judged), seed, SHARE)
+        return share_of(prompts, won, ones, len(judged), seed)
 
     places = [place for *_, place in rows]
     return {
@@ -638,7 +630,7 @@ def measures(judged: Sequence[JudgedPair], own: Calibration | None = None, seed:
         "votes": metrics.votes(judged),
         "truth": all(f"{side}_quality" in j.pair.meta for j in judged for side in SIDES),
         "summary": metrics.summarise(judged, seed),
-        "accuracy": figure(_prompts(judged), [earned(scores), np.ones(len(scores))], ratio, len(scores), seed, SHARE),
+        "accuracy": share_of(_prompts(judged), earned(scores), np.ones(len(scores)), len(scores), seed),
         "longer_wins": metrics.longer_wins([j.pair for j in judged])["words"],
         "distribution": distribution(judged, seed),
         "leaning": leanings(judged, seed),

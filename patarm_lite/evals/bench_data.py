@@ -93,6 +93,7 @@ def load(
         UserError: a file that can't be read or is of another schema (which fields are missing, on which line), the hub
             out of reach, or a benchmark that is not there.
     """
+    revision = revision or benchmark.commit
     if files:
         sources, where = [str(file) for file in files], ", ".join(str(file) for file in files)
     else:
@@ -100,12 +101,11 @@ def load(
             raise UserError(
                 f"{benchmark.title} is not on the hub; fetch {benchmark.elsewhere} and give its folder with --data DIR"
             )
-        commit = _commit(benchmark, revision or benchmark.commit, offline)
-        sources, where = list(benchmark.hub), f"{_repository(benchmark)} at {commit}"
-        revision = commit
+        revision = _commit(benchmark, revision, offline)
+        sources, where = list(benchmark.hub), f"{_repository(benchmark)} at {revision}"
     items = []
     for source in sources:
-        for row in read_rows(source, revision=revision or benchmark.commit, offline=offline):
+        for row in read_rows(source, revision=revision, offline=offline):
             record = Record(source, row.number, row.value if isinstance(row.value, dict) else {})
             record.need(benchmark.fields, benchmark.title)
             items.append(benchmark.read(record))

@@ -21,7 +21,7 @@ from patarm_lite import metrics
 from patarm_lite.errors import UserError
 from patarm_lite.evals.audit import earned, scores_of
 from patarm_lite.evals.items import Answer, BenchItem, Benchmark, draws, interval, name_of, part_of, score
-from patarm_lite.evals.resampled import CHANGE, SHARE, figure, ratio, together
+from patarm_lite.evals.resampled import CHANGE, figure, ratio, share_of, together
 from patarm_lite.records import JudgedPair, Turn, Vote
 
 Json = dict[str, Any]
@@ -56,7 +56,7 @@ def compare_pairs(judges: Sequence[tuple[str, Sequence[JudgedPair]]], seed: int 
     for place, judged in judges:
         scores, by = scores_of(judged)
         groups = [j.pair.prompt for j in judged]
-        value = figure(groups, [earned(scores), np.ones(len(scores))], ratio, len(scores), seed, SHARE)
+        value = share_of(groups, earned(scores), np.ones(len(scores)), len(scores), seed)
         found["judges"].append({"place": place, "by": by, "accuracy": value, "unreadable": metrics.unreadable(judged)})
     for place, judged in judges[1:]:
         if [j.pair for j in judged] != [j.pair for j in base]:

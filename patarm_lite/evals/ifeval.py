@@ -34,7 +34,7 @@ from typing import Any
 
 from patarm_lite.errors import UserError, missing_extra, nearest
 from patarm_lite.evals.items import FOREIGN, Record
-from patarm_lite.evals.resampled import SHARE, figure, ratio
+from patarm_lite.evals.resampled import share_of
 from patarm_lite.pairs.chats import kind
 
 PROMPTS = 541
@@ -321,7 +321,7 @@ def figures(followed: Sequence[Followed], seed: int = 0) -> dict[str, Any]:
     rows: dict[str, dict[str, Any]] = {PROMPT_LEVEL: {"n": len(followed)}}
     whole = {column: [float(all(one.lists[column])) for one in followed] for column in columns}
     rows[PROMPT_LEVEL] |= {
-        column: figure(range(len(followed)), [values, [1.0] * len(values)], ratio, len(values), seed, SHARE)
+        column: share_of(range(len(followed)), values, [1.0] * len(values), len(values), seed)
         for column, values in whole.items()
     }
     there = {name for one in followed for name in one.instructions}
@@ -340,5 +340,5 @@ def _row(followed: Sequence[Followed], columns: Sequence[str], names: Sequence[s
     found: dict[str, Any] = {"n": len(spots)}
     for column in columns:
         values = [float(followed[n].lists[column][i]) for n, i in spots]
-        found[column] = figure(groups, [values, ones], ratio, len(spots), seed, SHARE)
+        found[column] = share_of(groups, values, ones, len(spots), seed)
     return found

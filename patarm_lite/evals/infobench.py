@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from patarm_lite.evals.items import FOREIGN, Record
-from patarm_lite.evals.resampled import SHARE, figure, ratio
+from patarm_lite.evals.resampled import share_of
 from patarm_lite.pairs.chats import kind
 from patarm_lite.prompts import prompt_text
 from patarm_lite.records import Turn
@@ -193,6 +193,6 @@ def _row(found: Sequence[Evaluated], label: str | None, seed: int) -> dict[str, 
     groups, n = range(len(found)), int(sum(asked))
     return {
         "n": n,
-        OFFICIAL: figure(groups, [yes, asked], ratio, n, seed, SHARE),
-        ALL: figure(groups, [yes, whole], ratio, int(sum(whole)), seed, SHARE) if len(whole) == len(found) else None,
+        OFFICIAL: share_of(groups, yes, asked, n, seed),
+        ALL: share_of(groups, yes, whole, int(sum(whole)), seed) if len(whole) == len(found) else None,
     }

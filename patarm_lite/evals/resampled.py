@@ -46,15 +46,13 @@ def figure(
 
     Args:
         groups: [N] what is drawn together. columns: values, [N] each. n: what the figure counts, e.g. pairs.
-        bounds: between which the statistic of any group lies (`SHARE`, `CHANGE`). Where all G groups say the same, up
-            to 1 - 0.025^(1/G) of those not drawn may say otherwise (Clopper and Pearson's bound for none of G), and
-            the interval reaches as far as they could move the value.
+        bounds: between which the statistic of any group lies (`SHARE`, `CHANGE`). Where all G groups that have
+            something in the last column (what is divided by) say the same, up to 1 - 0.025^(1/G) of those not drawn may
+            say otherwise (Clopper and Pearson's bound for none of G), and the interval reaches as far as they could
+            move the value.
 
     >>> figure(["a", "b"], [[1, 1], [1, 1]], ratio, n=2)
     {'value': 1.0, 'low': 1.0, 'high': 1.0, 'n': 2}
-    >>> found = figure(range(20), [[1] * 20, [1] * 20], ratio, n=20, bounds=SHARE)
-    >>> found["value"], round(found["low"], 3), found["high"]
-    (1.0, 0.832, 1.0)
     """
     names: dict[Hashable, int] = {}
     place = np.array([names.setdefault(group, len(names)) for group in groups], dtype=int)
@@ -78,6 +76,18 @@ def figure(
         others = 1 - (INTERVAL[0] / 100) ** (1 / np.count_nonzero(sums[:, -1]))
         low, high = value - others * (value - bounds[0]), value + others * (bounds[1] - value)
     return {"value": value, "low": float(low), "high": float(high), "n": n}
+
+
+def share_of(
+    groups: Sequence[Hashable], part: Sequence[float] | Floats, whole: Sequence[float] | Floats, n: int, seed: int = 0
+) -> dict[str, Any] | None:
+    """The share that `part` has of `whole`, [N] both, as `figure` gives it; never certain, however alike all are.
+
+    >>> found = share_of(range(20), [1] * 20, [1] * 20, n=20)
+    >>> found["value"], round(found["low"], 3), found["high"]
+    (1.0, 0.832, 1.0)
+    """
+    return figure(groups, [part, whole], ratio, n, seed, SHARE)
 
 
 def together(

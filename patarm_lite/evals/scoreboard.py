@@ -44,7 +44,11 @@ Json = dict[str, Any]
 
 
 def figures(
-    benchmark: Benchmark, answers: Sequence[Answer], seed: int = 0, drawn: Mapping[str, Floats] | None = None
+    benchmark: Benchmark,
+    answers: Sequence[Answer],
+    seed: int = 0,
+    drawn: Mapping[str, Floats] | None = None,
+    chance: Mapping[str, float] | None = None,
 ) -> Json:
     """Everything that is said of one judge's answers to one benchmark, as plain JSON values; figures are shares of 1.
 
@@ -57,7 +61,7 @@ def figures(
     decided = any(answer.decisions is not None for answer in answers)
     others = () if decided else (LOSE, HALF, WIN)
     rules = {rule: score(benchmark, answers, rule).get(benchmark.headline) for rule in others}
-    chance = chance_of(benchmark, answers)
+    chance = chance_of(benchmark, answers) if chance is None else chance
     found = {}
     for row, value in rows.items():
         low, high = interval(drawn[row])
@@ -75,14 +79,15 @@ def scoreboard(benchmarks: Sequence[Loaded], judge: Outcome, before: Outcome | N
         }
         for side, outcome in sides.items()
     }
+    chances = {b.benchmark.name: chance_of(b.benchmark, judge.answers(b, "score")) for b in benchmarks}
     found: Json = {
         "schema": SCHEMA,
         "version": __version__,
         "k": k,
         "seed": seed,
         "benchmarks": {loaded.benchmark.name: about(loaded) for loaded in benchmarks},
-        "before": None if before is None else _side(benchmarks, before, drawn["before"], seed),
-        "judge": _side(benchmarks, judge, drawn["judge"], seed),
+        "before": None if before is None else _side(benchmarks, before, drawn["before"], chances, seed),
+        "judge": _side(benchmarks, judge, drawn["judge"], chances, seed),
         "difference": None,
     }
     if before is not None:
@@ -108,7 +113,13 @@ def about(loaded: Loaded) -> Json:
     }
 
 
-def _side(benchmarks: Sequence[Loaded], outcome: Outcome, drawn: Mapping[str, Mapping[str, Floats]], seed: int) -> Json:
+def _side(
+    benchmarks: Sequence[Loaded],
+    outcome: Outcome,
+    drawn: Mapping[str, Mapping[str, Floats]],
+    chances: Mapping[str, Mapping[str, float]],
+    seed: int,
+) -> Json:
     found: Json = {
         "place": outcome.place,
         "fingerprint": outcome.fingerprint,
@@ -123,12 +134,13 @@ def _side(benchmarks: Sequence[Loaded], outcome: Outcome, drawn: Mapping[str, Ma
         "benchmarks": {},
     }
     for loaded in benchmarks:
-        benchmark = loaded.benchmark
-        one = figures(benchmark, outcome.answers(loaded, "score"), seed, drawn[benchmark.name])
+        benchmark, chance = loaded.benchmark, chances[loaded.benchmark.name]
+        one = figures(benchmark, outcome.answers(loaded, "score"), seed, drawn[benchmark.name], chance)
         judged = outcome.of(loaded)
         votes = sum(response.votes for response in judged)
         measured = any(response.expected is not None for response in judged)
-        one["expected"] = figures(benchmark, outcome.answers(loaded, "expected"), seed) if measured else None
+        expected = outcome.answers(loaded, "expected")
+        one["expected"] = figures(benchmark, expected, seed, chance=chance) if measured else None
         one["unreadable"] = sum(response.unreadable for response in judged) / votes if votes else None
         one["too_long"] = sum(not response.fits for response in judged)
         found["benchmarks"][benchmark.name] = one
