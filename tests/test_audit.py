@@ -66,9 +66,8 @@ def test_what_all_prompts_agree_in_is_not_certain() -> None:
     whole = audit.measures(judged)["accuracy"]
     others = 1 - 0.025 ** (1 / len({p.pair.prompt for p in judged}))
     assert (whole["value"], whole["high"]) == (1.0, 1.0) and whole["low"] == pytest.approx(1 - others)
-    excess = audit.leaning(judged, "words", audit.FEATURES["words"])[
-        "excess"
-    ]  # a difference: it may fall on either side
+    row = audit.leaning(judged, "words", audit.FEATURES["words"])
+    excess = row["excess"]  # a difference: it may fall on either side
     assert excess["value"] == 0.0 and excess["low"] == pytest.approx(-excess["high"]) and excess["high"] > 0.03
 
 

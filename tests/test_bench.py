@@ -108,6 +108,8 @@ def test_tables_and_page_name_a_part_and_load_nothing(finished: tuple[Path, Path
     for known in scored(out)["benchmarks"].values():
         named = f"{known['title']} ({known['part']})"
         assert f"| {named} | before: " in text
+        rows = [line for line in text.splitlines() if line.startswith(f"| {named} |") and "difference" not in line]
+        assert len(rows) == 2 and all(re.search(r" (0\.0|25\.0|50\.0) \|$", row) for row in rows)  # chance
         assert f"\n## {named}\n" in text
         assert f"<h2>{named}</h2>" in page
         assert not re.search(rf"\| {re.escape(known['title'])} \|", text)  # nowhere as if it were whole
